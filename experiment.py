@@ -1,0 +1,335 @@
+"""Hyperparameters, declared once, and the run folder: hparams.yaml, checkpoints, artifacts, metrics."""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+FORMAT = 1  # of checkpoints and artifacts
+
+
+class RunError(Exception):
+    """Something failed while running: one line for the user, exit code 1."""
+
+    code = 1
+
+
+class UsageError(Exception):
+    """The user asked for something that can't be: one line that names it and the way out, exit code 2."""
+
+    code = 2
+
+
+# -------------------------------------------------------------------------------------- hyperparameters
+
+# The earliest stage that a hyperparameter touches. What the weights depend on (data, model) never changes within a
+# run folder; encoder settings may change while training is under way, the later ones at any time.
+STAGES = {
+    "data": "data",
+    "model": "model",
+    "encoder": "training the encoder",
+    "encode": "encoding",
+    "probe": "linear probe",
+    "none": "running",
+}
+FIXED = ("data", "model")
+
+
+class Param(NamedTuple):
+    name: str
+    type: type  # int, float, str or bool
+    default: Any  # None: no value needed
+    stage: str
+    help: str
+    choices: tuple = ()
+    low: float | None = None  # smallest value, itself allowed unless `above`
+    above: bool = False
+
+    def check(self, value):
+        """The value, as self.type; raises ValueError saying what it must be."""
+        if value is None and self.default is None:
+            return None
+        if self.type is float and type(value) is int:
+            value = float(value)
+        if type(value) is not self.type:
+            raise ValueError(f"must be {self.wanted()}, not {value!r}")
+        if self.choices and value not in self.choices:
+            raise ValueError(f"must be {self.wanted()}, not {value!r}")
+        if self.type in (int, float):
+            too_low = self.low is not None and (value <= self.low if self.above else value < self.low)
+            if too_low or not math.isfinite(value) or abs(value) >= 2**31:
+                raise ValueError(f"must be {self.wanted()}, not {value}")
+        return value
+
+    def parse(self, text):
+        """The value of a command-line argument; raises argparse.ArgumentTypeError."""
+        try:
+            return self.check(self.type(text))
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"must be {self.wanted()}, not {text!r}") from None
+
+    def wanted(self):
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[self.type]
+        bound = "" if self.low is None else f" above {self.low}" if self.above else f" of at least {self.low}"
+        return kind + bound
+
+
+PARAMS = [
+    Param("dataset", str, "cifar10", "data", "images to learn from", choices=(
+        "cifar10", "cifar100", "folder", "textures")),
+    Param("image_size", int, 32, "data", "pixels, folder only: images are resized and centre-cropped to this", low=14),
+    Param("n_images", int, None, "data", "train on a random, class-balanced subset of so many (default: all)", low=1),
+    Param("seed", int, 42, "data", "random seed", low=0),
+    Param("arch", str, "resnet18-cifar", "model", "network architecture", choices=(
+        "resnet18-cifar", "resnet18-imagenet", "resnet18-tinyimagenet", "resnet18-mini", "resnet18-tiny")),
+    Param("h_dim", int, 4096, "model", "patch embedding dimensionality", low=1),
+    Param("z_dim", int, 1024, "model", "projection dimensionality", low=1),
+    Param("activation", str, "relu", "model", "activation of both heads", choices=("relu", "tanh")),
+    Param("batch_norm", bool, True, "model", "batch norm in both heads"),
+    Param("pretrained_proj", str, None, "model", "checkpoint to take the projection's weights from, then kept frozen"),
+    Param("n_patches", int, 100, "encoder", "patches per image", low=1),
+    Param("n_epochs", int, 2, "encoder", "passes over the data; 0 leaves the encoder untrained", low=0),
+    Param("bs", int, 100, "encoder", "batch size in images", low=1),
+    Param("lr", float, 0.3, "encoder", "learning rate at the start; a cosine takes it to 0", low=0, above=True),
+    Param("optimizer", str, "lars", "encoder", "optimizer", choices=("lars", "sgd")),
+    Param("weight_decay", float, 1e-4, "encoder", "weight decay", low=0),
+    Param("uniformity_loss", str, "tcr", "encoder", "loss that spreads the embeddings", choices=("tcr", "vonmises")),
+    Param("invariance_loss_weight", float, 200.0, "encoder", "coefficient of the invariance loss", low=0),
+    Param("uniformity_loss_weight", float, 1.0, "encoder", "coefficient of the uniformity loss", low=0),
+    Param("tcr_eps", float, 0.2, "encoder", "eps of the coding rate", low=0, above=True),
+    Param("precision", str, "auto", "encoder", "of the network; auto: bf16 where the hardware has it", choices=(
+        "auto", "fp32", "bf16")),
+    Param("test_patches", int, None, "encode", "patches per image when encoding (default: n_patches)", low=1),
+    Param("emb_pool", str, "features", "encode", "which tensors to pool as the representation", choices=("features", "proj")),
+    Param("save_proj", bool, False, "encode", "save each patch's embedding and projection too, as float16"),
+    Param("n_eval_epochs", int, 100, "probe", "epochs of the linear probe", low=1),
+    Param("eval_lr", float, 0.0075, "probe", "learning rate of the linear probe", low=0, above=True),
+    Param("data_dir", str, "./datasets", "none", "where the images are, or are downloaded to"),
+    Param("device", str, "auto", "none", "auto (cuda, mps or cpu), cpu, mps, cuda or cuda:N"),
+    Param("deterministic", bool, False, "none", "the same bits each time on CUDA too, slower"),
+    Param("print_freq", int, 50, "none", "steps between two lines of progress and metrics", low=1),
+    Param("eval_freq", int, 0, "none", "steps between two quick kNN accuracies while training, 0: never", low=0),
+    Param("checkpoint_every", float, 60.0, "none", "seconds between two checkpoints within an epoch", low=0),
+]
+
+
+def validate(values, source):
+    """A namespace of all hyperparameters, from a dict that must name each of them and no others.
+
+    Raises UsageError, naming `source` and the key, for a missing or unknown key or a value that is not allowed.
+    """
+    known = {param.name: param for param in PARAMS}
+    for name in values:
+        if name not in known:
+            raise UsageError(f"{source}: unknown hyperparameter {name!r}")
+    for name, param in known.items():
+        if name not in values:
+            raise UsageError(f"{source}: {name} is missing (its default is {yaml_value(param.default)})")
+        try:
+            values[name] = param.check(values[name])
+        except ValueError as error:
+            raise UsageError(f"{source}: {name} {error}") from None
+    if values["uniformity_loss"] == "vonmises" and values["bs"] < 2:
+        raise UsageError(f"{source}: bs must be at least 2 with uniformity_loss vonmises, which compares images")
+    if values["image_size"] % 2:
+        raise UsageError(f"{source}: image_size must be even, a patch being half as wide, not {values['image_size']}")
+    return SimpleNamespace(**values)
+
+
+def yaml_value(value):
+    """A value as hparams.yaml writes it."""
+    return yaml.safe_dump(value).split("\n")[0]
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but YAML 1.1 takes 1e-3 for text, and a learning rate may well be written so."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def read_hparams(exp_dir):
+    """The hyperparameters of a run folder, a namespace. Raises UsageError if they are missing or not allowed."""
+    path = Path(exp_dir) / "hparams.yaml"
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UsageError(f"{path} can't be read ({error.strerror}): {exp_dir} is not a run folder") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or set(content) != {"params"} or not isinstance(content["params"], dict):
+        raise UsageError(f"{path} must hold one mapping, params: with a line for each hyperparameter")
+    return validate(content["params"], path)
+
+
+def write_hparams(exp_dir, hp):
+    with replacing(exp_dir / "hparams.yaml") as file:
+        file.write(yaml.safe_dump({"params": vars(hp)}, sort_keys=False, allow_unicode=True).encode())
+
+
+def differences(old, new, stages=tuple(STAGES)):
+    """{name: (old value, new value)} of the hyperparameters of these stages that differ; old and new are dicts."""
+    names = [param.name for param in PARAMS if param.stage in stages]
+    return {name: (old[name], new[name]) for name in names if old[name] != new[name]}
+
+
+def check_changes(hp, checkpoint):
+    """What the run goes on with that its checkpoint was not trained with: {name: (old, new)} of encoder settings.
+
+    Raises UsageError for a change that the trained weights do not allow, or that could no longer have an effect.
+    """
+    old, new = checkpoint["hparams"], vars(hp)
+    for name, (was, now) in differences(old, new, FIXED).items():
+        raise UsageError(
+            f"{name} is {yaml_value(now)}, but the weights in this folder were trained with {name} {yaml_value(was)}: "
+            f"set it back, or train under a new --exp_name"
+        )
+    changed = differences(old, new, ("encoder",))
+    if hp.n_epochs < checkpoint["epoch"] + (checkpoint["step"] > 0):
+        raise UsageError(
+            f"n_epochs is {hp.n_epochs}, but training is at epoch {checkpoint['epoch']} step {checkpoint['step']}: "
+            f"it can only be raised, or train under a new --exp_name"
+        )
+    if is_trained(hp, checkpoint):
+        for name, (was, now) in changed.items():
+            if name != "n_epochs":
+                raise UsageError(
+                    f"{name} is {yaml_value(now)}, but training has finished with {name} {yaml_value(was)}, so it would have "
+                    f"no effect: set it back, raise n_epochs to train on with it, or train under a new --exp_name"
+                )
+    return changed
+
+
+def is_trained(hp, checkpoint):
+    return checkpoint is not None and checkpoint["epoch"] >= hp.n_epochs
+
+
+# ------------------------------------------------------------------------------------------- run folder
+
+
+@contextmanager
+def replacing(path):
+    """A binary file to write: beside `path`, flushed to disk, then renamed to it; gone if the writing fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def prepare(exp_dir, hp):
+    """Make the run folder, remove what a killed process left half-written, and write hparams.yaml if it changed."""
+    for folder in (exp_dir, exp_dir / "checkpoints", exp_dir / "artifacts"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink()
+    if not (exp_dir / "hparams.yaml").exists() or read_hparams(exp_dir) != hp:
+        write_hparams(exp_dir, hp)
+
+
+def save(path, content):
+    """Write tensors and plain values with torch.save, atomically."""
+    with replacing(path) as file:
+        torch.save({"format": FORMAT, **content}, file)
+
+
+def load(path):
+    """What `save` wrote, on the CPU. Raises RunError if the file is damaged, or anything but tensors and plain values."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not check the checksums
+        if damaged:
+            raise ValueError(f"checksum of {damaged}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError("not a file of this program")
+    except Exception as error:  # a damaged zip or pickle can raise nearly anything
+        reason = str(error).strip().split("\n")[0][:100]
+        raise RunError(f"{path} can't be read ({type(error).__name__}: {reason})") from None
+    return content
+
+
+def epoch_checkpoints(exp_dir):
+    """Paths of checkpoints/0.pt, 1.pt, ... in order."""
+    paths = [path for path in (exp_dir / "checkpoints").glob("*.pt") if path.stem.isdigit()]
+    return sorted(paths, key=lambda path: int(path.stem))
+
+
+def newest_checkpoint(exp_dir):
+    """The content of the newest checkpoint that can be read, None if there is none at all.
+
+    Says which ones it passed over; raises RunError if there are some and none can be read.
+    """
+    last = exp_dir / "checkpoints" / "last.pt"
+    paths = [last] * last.exists() + epoch_checkpoints(exp_dir)[::-1]
+    for path in paths:
+        try:
+            return load(path)
+        except RunError as error:
+            print(f"warning: {error}", file=sys.stderr)
+    if paths:
+        raise RunError(f"no checkpoint in {exp_dir / 'checkpoints'} can be read; start over with train --no-resume")
+    return None
+
+
+def save_checkpoint(exp_dir, content):
+    """Write checkpoints/last.pt, and at the end of an epoch the same as checkpoints/<epoch>.pt."""
+    metrics = exp_dir / "metrics.jsonl"
+    content["metrics_bytes"] = metrics.stat().st_size if metrics.exists() else 0
+    if content["step"] == 0 and content["epoch"] > 0:
+        save(exp_dir / "checkpoints" / f"{content['epoch'] - 1}.pt", content)
+    save(exp_dir / "checkpoints" / "last.pt", content)
+
+
+def rewind_metrics(exp_dir, checkpoint):
+    """Cut off the lines of metrics.jsonl that were written after the checkpoint: their steps come again."""
+    metrics = exp_dir / "metrics.jsonl"
+    if metrics.exists():
+        keep = checkpoint["metrics_bytes"] if checkpoint else 0
+        os.truncate(metrics, min(keep, metrics.stat().st_size))
+
+
+def log_metrics(exp_dir, **values):
+    """Append one JSON object, a line, to metrics.jsonl."""
+    with open(exp_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def write_json(path, content):
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(path):
+    """The content, {} if the file is missing or damaged: what it holds can be computed again."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def checksum(*tensors):
+    """16 hexadecimal digits that change with any bit of the tensors, or their shapes or types."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,60 @@
+"""LARS: stochastic gradient descent whose step is scaled, tensor by tensor, by ‖p‖ / ‖g‖."""
+
+import torch
+
+
+def is_scaled(p):
+    """Biases and batch-norm weights (1-D tensors) get neither the trust ratio nor weight decay."""
+    return p.ndim >= 2
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (arXiv 1708.03888, section 3) with (Nesterov) momentum.
+
+    For tensors of two or more dimensions, unless ‖p‖ or ‖g‖ is 0:
+
+        trust = eta ‖p‖ / (‖g‖ + weight_decay ‖p‖ + eps)
+        g <- (g + weight_decay p) * trust                   clip=False
+        g <- (g + weight_decay p) * min(trust / lr, 1)      clip=True: the step is never longer than plain SGD's
+
+    and for every tensor the momentum step of torch.optim.SGD with `lr`. No decision waits for a tensor's value.
+    Raises ValueError for a negative setting, and for nesterov without momentum.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, nesterov=False, eta=1e-3, clip=False, eps=1e-8):
+        for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "eps": eps}.items():
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if nesterov and momentum == 0:
+            raise ValueError("nesterov needs momentum above 0")
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, eta=eta, clip=clip, eps=eps)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update; returns the loss of `closure`, called with gradients enabled, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, group)
+        return loss
+
+    def _update(self, p, g, group):
+        lr, momentum, wd = group["lr"], group["momentum"], group["weight_decay"]
+        if is_scaled(p):
+            p_norm, g_norm = p.norm(), g.norm()
+            trust = group["eta"] * p_norm / (g_norm + wd * p_norm + group["eps"])
+            if group["clip"]:
+                trust = (trust / lr).clamp(max=1)
+            usable = (p_norm > 0) & (g_norm > 0)
+            g = torch.where(usable, (g + wd * p) * trust, g)
+        if momentum:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffer = self.state[p]["momentum_buffer"].mul_(momentum).add_(g)
+            g = g + momentum * buffer if group["nesterov"] else buffer
+        p.add_(g, alpha=-lr)

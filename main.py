@@ -1,0 +1,587 @@
+"""EMP-SSL: train an encoder without labels in about one pass over the data, encode the images, fit a linear probe."""
+
+import argparse
+import functools
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torchvision
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import evaluate
+import experiment
+import loss
+from experiment import PARAMS, STAGES, RunError, UsageError
+from lars import LARS
+from model import Encoder
+
+say = functools.partial(print, flush=True)  # a pipe sees each line when it is written
+
+
+def main(argv=None):
+    """Run one command, e.g. main(["train", "--dataset", "textures"]), and return the exit code:
+    0 done, 1 failed while running, 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM."""
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    try:
+        args = parse(argv)
+        with handling(raise_interrupted):
+            args.command(args)
+        return 0
+    except SystemExit as stop:  # argparse, after --help
+        return stop.code or 0
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        known = isinstance(error, (RunError, UsageError))
+        message = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
+        print(f"error: {message}", file=sys.stderr)
+        return error.code if known else 1
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def parse(argv=None):
+    formatter = functools.partial(argparse.HelpFormatter, max_help_position=38, width=110)
+    make = functools.partial(Parser, formatter_class=formatter, allow_abbrev=False)
+    parser = make(prog="main.py", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=make)
+
+    train = commands.add_parser("train", help="train, encode and probe; picks up where it stopped", description=(
+        "Train the encoder, encode the images, fit a linear probe. Given again, it goes on where it stopped."))
+    groups = {stage: train.add_argument_group(title) for stage, title in {"run": "experiment", **STAGES}.items()}
+    run = groups["run"]
+    run.add_argument("--exp_name", default="default", help="experiment name (default: default)")
+    run.add_argument("--log_folder", default="logs/EMP-SSL-Training", help="directory name (default: logs/EMP-SSL-Training)")
+    run.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
+                     help="go on where the same experiment stopped (the default), or move it aside and start over")
+    run.add_argument("--config_from", metavar="DIR", help="take what is not given here from the hparams.yaml of another run folder")
+    for param in PARAMS:
+        default = "" if param.default is None else f" (default: {param.default})"
+        kind = {"action": argparse.BooleanOptionalAction} if param.type is bool else {
+            "type": param.parse, "metavar": "{" + ",".join(param.choices) + "}" if param.choices else param.type.__name__.upper()}
+        groups[param.stage].add_argument(f"--{param.name}", default=argparse.SUPPRESS, help=param.help + default, **kind)
+    train.set_defaults(command=train_command)
+
+    resume = commands.add_parser("resume", help="go on with a run folder, also after hparams.yaml was edited",
+                                 description="Go on with a run folder, also after its hparams.yaml was edited.")
+    resume.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
+    resume.set_defaults(command=resume_command)
+
+    cleanup = commands.add_parser("cleanup", help="remove old checkpoints", description=(
+        "Remove the older epoch checkpoints of every experiment in a folder; the newest always stays."))
+    cleanup.add_argument("--log_folder", required=True, type=Path, help="folder of run folders")
+    cleanup.add_argument("--keep", required=True, type=experiment.Param("keep", int, 1, "none", "", low=1).parse, metavar="N",
+                         help="epoch checkpoints to keep in each experiment, at least 1")
+    cleanup.add_argument("-y", dest="yes", action="store_true", help="do not ask")
+    cleanup.set_defaults(command=cleanup_command)
+
+    for command in (train, resume, cleanup):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    spellings = {spelling.replace("_", "-"): spelling for command in (train, resume, cleanup)
+                 for spelling in command._option_string_actions}
+    return parser.parse_args([canonical(arg, spellings) for arg in (sys.argv[1:] if argv is None else argv)])
+
+
+def canonical(arg, spellings):
+    """--n-patches=3 as --n_patches=3."""
+    name, equals, value = arg.partition("=")
+    return spellings.get(name.replace("_", "-"), name) + equals + value if name.startswith("--") else arg
+
+
+def train_command(args):
+    given = {param.name: getattr(args, param.name) for param in PARAMS if hasattr(args, param.name)}
+    base = {param.name: param.default for param in PARAMS}
+    if args.config_from:
+        base = vars(experiment.read_hparams(args.config_from))
+    hp = experiment.validate({**base, **given}, "command line")
+    exp_dir = Path(args.log_folder) / f"{args.exp_name}__numpatch{hp.n_patches}_bs{hp.bs}_lr{hp.lr:g}"
+    if args.config_from and exp_dir.resolve() == Path(args.config_from).resolve():
+        raise UsageError(f"{exp_dir} is the run folder that --config_from names: give the new experiment an --exp_name")
+    if not args.resume and exp_dir.exists():
+        aside = next(path for n in range(1, 10**6) if not (path := exp_dir.with_name(f"{exp_dir.name}.old{n}")).exists())
+        exp_dir.rename(aside)
+        say(f"* Moved the old run to {aside}")
+    elif (exp_dir / "hparams.yaml").exists():
+        edited = experiment.differences(vars(experiment.read_hparams(exp_dir)), vars(hp))
+        for name, (there, here) in edited.items():
+            say(f"* {name} is {there} in {exp_dir}/hparams.yaml and {here} in this command, which decides")
+    run(hp, exp_dir)
+
+
+def resume_command(args):
+    hp = experiment.read_hparams(args.exp_dir)
+    say(f"* Loaded configuration settings from: {args.exp_dir / 'hparams.yaml'}")
+    run(hp, args.exp_dir)
+
+
+def cleanup_command(args):
+    if not args.log_folder.is_dir():
+        raise UsageError(f"log_folder {args.log_folder} is not a folder")
+    folders = sorted(path.parent for path in args.log_folder.glob("*/hparams.yaml"))
+    old = [path for folder in folders for path in experiment.epoch_checkpoints(folder)[: -args.keep]]
+    size = sum(path.stat().st_size for path in old)
+    for path in old:
+        say(path)
+    say(f"{len(old)} old checkpoints in {len(folders)} experiments, {size / 1e6:,.1f} MB")
+    if old and (args.yes or confirmed("Remove them? [y/N] ")):
+        for path in old:
+            path.unlink()
+        say(f"Freed {size / 1e6:,.1f} MB")
+    else:
+        say("Nothing removed")
+
+
+def confirmed(question):
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+# -------------------------------------------------------------------------------------------- pipeline
+
+
+def run(hp, exp_dir):
+    """The three stages, each skipped where its result is in the run folder, and the report."""
+    device = pick_device(hp.device)
+    bf16 = pick_precision(hp.precision, device) == "bf16"
+    say(f"* Device: {device}, precision: {'bf16' if bf16 else 'fp32'}")
+    if hp.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(hp.deterministic)
+
+    checkpoint = experiment.newest_checkpoint(exp_dir)
+    changed = experiment.check_changes(hp, checkpoint) if checkpoint else {}
+    encoder = build_encoder(hp, checkpoint)
+    images = functools.cache(lambda: load_data(hp, checkpoint))
+    if checkpoint and hp.dataset == "folder" and hp.data_dir != checkpoint["hparams"]["data_dir"]:
+        images()  # elsewhere now: are they the same?
+    if not experiment.is_trained(hp, checkpoint):
+        images()  # before the run folder is made: an error here leaves nothing behind
+    experiment.prepare(exp_dir, hp)
+
+    encoder = encoder.to(device, memory_format=torch.channels_last)  # on a CPU 1.3x in training, 1.8x in encoding
+    if not experiment.is_trained(hp, checkpoint):
+        say("===> Training SSL encoder")
+        checkpoint = train(hp, exp_dir, encoder, images(), checkpoint, changed, bf16)
+    say(f"* Encoder: {exp_dir / 'checkpoints' / 'last.pt'}")
+
+    weights = experiment.checksum(*checkpoint["encoder"].values())
+    test_patches = hp.test_patches or hp.n_patches
+    encode_key = {"encoder": weights, "test_patches": test_patches, "emb_pool": hp.emb_pool, "save_proj": hp.save_proj}
+    class_names = checkpoint["data"]["class_names"]
+    splits = [split for split in ("train", "test") if checkpoint["data"][split]]
+    encoded = {split: load_encoded(exp_dir, split, encode_key) for split in splits}
+    for split in splits:
+        if encoded[split] is None:
+            say(f"===> Encoding '{split}' dataset for evaluation")
+            encoded[split] = encode(hp, exp_dir, encoder, images()[split], split, encode_key, bf16)
+
+    probe_key = {**encode_key, "n_eval_epochs": hp.n_eval_epochs, "eval_lr": hp.eval_lr}
+    result = experiment.read_json(exp_dir / "linear_accuracy.json")
+    missing = why_no_probe(class_names, "test" in splits)
+    if not missing and (result.get("key") != probe_key or not (exp_dir / "probe.pt").exists()):
+        say("===> Fitting a linear classifier")
+        result = probe(hp, exp_dir, encoded, class_names, probe_key, device)
+    report(exp_dir, checkpoint, encoded, result, missing)
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} must be auto, cpu, mps, cuda or cuda:N") from None
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
+    if (device.index or 0) >= count:
+        raise UsageError(f"device {name} is not available here; --device auto takes the best that is")
+    return device
+
+
+def pick_precision(name, device):
+    """bf16 where matrix products in it are an instruction of the processor: elsewhere it is slower than fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        return "bf16" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "fp32"
+    return "fp32"
+
+
+def load_data(hp, checkpoint):
+    """{"train": ImageSet, "test": ImageSet or None, "info": what of them a checkpoint keeps}.
+
+    Raises UsageError if they are not the images that the checkpoint was trained on.
+    """
+    say(f"* Loading {hp.dataset}")
+    train_set = data.load_images(hp.dataset, hp.data_dir, True, hp.image_size)
+    test_set = data.load_images(hp.dataset, hp.data_dir, False, hp.image_size)
+    if hp.n_images:
+        subset = data.balanced_subset(train_set.labels, len(train_set.images), hp.n_images, data.generator(hp.seed, "subset"))
+        train_set = train_set._replace(
+            images=train_set.images[subset], labels=None if train_set.labels is None else train_set.labels[subset])
+    if hp.n_epochs > 0 and len(train_set.images) < hp.bs:
+        raise UsageError(f"bs {hp.bs} is more than the {len(train_set.images)} training images: lower --bs")
+    missing = why_no_probe(train_set.class_names, test_set)
+    if hp.eval_freq and missing:
+        raise UsageError(f"eval_freq {hp.eval_freq}: no accuracy can be measured, {missing}")
+    info = {"train": fingerprint(train_set), "test": test_set and fingerprint(test_set), "class_names": train_set.class_names}
+    if checkpoint and checkpoint["data"] != info:
+        raise UsageError(f"the images of {hp.dataset} in {hp.data_dir} are not those that this run was trained on: "
+                         f"bring them back, or train under a new --exp_name")
+    n_test = len(test_set.images) if test_set else 0
+    say(f"* Images: {len(train_set.images)} train, {n_test} test, {len(train_set.class_names)} classes")
+    return {"train": train_set, "test": test_set, "info": info}
+
+
+def fingerprint(image_set):
+    return experiment.checksum(*(tensor for tensor in image_set[:2] if tensor is not None))
+
+
+def build_encoder(hp, checkpoint):
+    """The encoder with the checkpoint's weights, or else with seeded random ones and the pretrained projection."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(data.generator(hp.seed, "init").initial_seed())
+        encoder = Encoder(hp.arch, hp.h_dim, hp.z_dim, hp.activation, hp.batch_norm)
+    if checkpoint:
+        load_strictly(encoder, checkpoint["encoder"], "the checkpoint")
+    elif hp.pretrained_proj:
+        if not Path(hp.pretrained_proj).is_file():
+            raise UsageError(f"pretrained_proj {hp.pretrained_proj} is not a file")
+        weights = experiment.load(hp.pretrained_proj).get("encoder", {})
+        prefix = "projection."
+        projection = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if not projection:
+            raise UsageError(f"pretrained_proj {hp.pretrained_proj} holds no projection")
+        load_strictly(encoder.projection, projection, f"pretrained_proj {hp.pretrained_proj}")
+    # Frozen are the weights; its batch norm goes on following the statistics of the new features.
+    encoder.projection.requires_grad_(hp.pretrained_proj is None)
+    return encoder
+
+
+def load_strictly(module, weights, source):
+    try:
+        module.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"the weights of {source} do not fit arch, h_dim, z_dim or batch_norm of this run: {reason}") from None
+
+
+# -------------------------------------------------------------------------------------------- training
+
+
+def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
+    """Train from the checkpoint (None: from the start) to hp.n_epochs; returns the last checkpoint.
+
+    What a step does depends on (seed, epoch, step) and on the state alone, so that a run that was stopped and resumed
+    ends with the same bits as one that was not.
+    """
+    device = next(encoder.parameters()).device
+    pixels = images["train"].images.to(device)  # uint8 (N, 3, size, size)
+    P, bs, size, n_steps = hp.n_patches, hp.bs, pixels.shape[-1], len(pixels) // hp.bs
+    optimizer = build_optimizer(hp, encoder)
+    state = restore(hp, exp_dir, optimizer, checkpoint, changed)
+    save = functools.partial(save_state, hp, exp_dir, images["info"], encoder, optimizer, state)
+    content = checkpoint or save()  # a folder that can't be written is found now
+    if not (exp_dir / "patches.png").exists():
+        draw_patches(pixels[:8], hp, exp_dir / "patches.png")
+
+    encoder.train()
+    with hold_signals() as signals:
+        for epoch in range(state.epoch, hp.n_epochs):
+            order = torch.randperm(len(pixels), generator=data.generator(hp.seed, "order", epoch)).to(device)
+            bar = tqdm(range(state.step, n_steps), f"epoch {epoch}", n_steps, initial=state.step, disable=None)
+            for step in bar:
+                lr = hp.lr / 2 * (1 + math.cos(math.pi * (epoch + step / n_steps) / hp.n_epochs))
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                batch = pixels[order[step * bs : (step + 1) * bs]]
+                x = data.sample_patches(batch, P, data.generator(hp.seed, "patches", epoch, step), size)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    _, z = encoder(x.flatten(0, 1))  # (P B, 3, size, size) -> (P B, z_dim)
+                z = z.unflatten(0, (P, bs))  # (P, B, z_dim)
+                invariance = loss.invariance_loss(z)
+                uniformity = loss.tcr_loss(z, hp.tcr_eps) if hp.uniformity_loss == "tcr" else loss.vonmises_loss(z)
+                total = hp.invariance_loss_weight * invariance + hp.uniformity_loss_weight * uniformity
+                optimizer.zero_grad()
+                total.backward()
+                grad_norm = torch.nn.utils.get_total_norm(p.grad for p in encoder.parameters() if p.grad is not None)
+                optimizer.step()
+
+                state.step = step + 1
+                state.recent.append(torch.stack([invariance, uniformity, grad_norm]).detach())
+                if state.step % hp.print_freq == 0 or state.step == n_steps:
+                    summarise(state, exp_dir, lr, P * bs, bar)
+                if hp.eval_freq and (epoch * n_steps + state.step) % hp.eval_freq == 0:
+                    quick_knn(hp, exp_dir, encoder, images, state, bf16)
+                if signals or time.monotonic() - state.saved_at > hp.checkpoint_every:
+                    save()
+                if signals:
+                    raise Interrupted(signals[0], f"stopped at epoch {epoch} step {state.step}; go on with: "
+                                                  f"python main.py resume --exp_dir {exp_dir}")
+            invariance, uniformity, _ = (state.totals / state.n_totals).tolist()
+            say(f"Epoch: {epoch} | Loss sim: {invariance:.5f} | Loss {hp.uniformity_loss.upper()}: {uniformity:.5f}")
+            state.epoch, state.step, state.totals, state.n_totals = epoch + 1, 0, torch.zeros(3), 0
+            content = save()
+    return content
+
+
+def build_optimizer(hp, encoder):
+    """LARS with the authors' trust coefficient, .005, or plain SGD, over the weights that are not frozen."""
+    params = [p for p in encoder.parameters() if p.requires_grad]
+    if hp.optimizer == "sgd":
+        return torch.optim.SGD(params, hp.lr, momentum=0.9, weight_decay=hp.weight_decay, nesterov=True)
+    return LARS(params, hp.lr, momentum=0.9, weight_decay=hp.weight_decay, nesterov=True, eta=0.005, clip=True)
+
+
+def restore(hp, exp_dir, optimizer, checkpoint, changed):
+    """The state of the training loop, and the optimizer's and metrics.jsonl's, as they were at the checkpoint.
+
+    totals (3,): sums of invariance, uniformity and gradient norm over n_totals steps of this epoch; recent: the same
+    three, still on the device, of each step after those.
+    """
+    experiment.rewind_metrics(exp_dir, checkpoint)
+    state = SimpleNamespace(epoch=0, step=0, totals=torch.zeros(3), n_totals=0, recent=torch.zeros(0, 3), seconds=0.0)
+    if checkpoint:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})
+        state = SimpleNamespace(**{key: checkpoint[key] for key in vars(state)})
+        state.step = state.step * checkpoint["hparams"]["bs"] // hp.bs  # bs edited: the same images lie behind us
+        say(f"* Going on at epoch {state.epoch} step {state.step}")
+    for name, (old, new) in changed.items():
+        say(f"* {name} was {old}, from here on it is {new}")
+        experiment.log_metrics(exp_dir, event="changed", epoch=state.epoch, step=state.step, name=name, old=old, new=new)
+    state.recent = list(state.recent)
+    state.resumed_at = state.saved_at = state.summarised_at = time.monotonic()
+    return state
+
+
+def save_state(hp, exp_dir, info, encoder, optimizer, state):
+    """Write a checkpoint, unless the weights or a loss since the last one are not finite; returns its content."""
+    check_finite(state)
+    if not all(value.isfinite().all() for value in encoder.state_dict().values()):
+        raise RunError(f"epoch {state.epoch} step {state.step}: weights are not finite; {REMEDY}")
+    now = time.monotonic()
+    state.seconds, state.resumed_at = state.seconds + now - state.resumed_at, now
+    content = {
+        "hparams": vars(hp),
+        "data": info,
+        "encoder": encoder.state_dict(),
+        "optimizer": optimizer.state_dict()["state"],
+        "epoch": state.epoch,
+        "step": state.step,
+        "totals": state.totals,
+        "n_totals": state.n_totals,
+        "recent": torch.stack(state.recent).cpu() if state.recent else torch.zeros(0, 3),
+        "seconds": state.seconds,
+    }
+    experiment.save_checkpoint(exp_dir, content)
+    state.saved_at = time.monotonic()
+    return content
+
+
+REMEDY = "the last checkpoint is kept: lower lr (or set precision: fp32) in hparams.yaml, then resume"
+
+
+def check_finite(state):
+    for i, values in enumerate(torch.stack(state.recent).tolist() if state.recent else []):
+        for name, value in zip(("invariance loss", "uniformity loss", "gradient norm"), values, strict=True):
+            if not math.isfinite(value):
+                step = state.step - len(state.recent) + i
+                raise RunError(f"epoch {state.epoch} step {step}: the {name} is {value}; {REMEDY}")
+
+
+def summarise(state, exp_dir, lr, patches_per_step, bar):
+    """Add the steps since the last summary to the totals, and to metrics.jsonl and the screen as their mean."""
+    check_finite(state)  # the one place where the loop waits for the device
+    rows = torch.stack(state.recent).cpu()  # (steps, 3)
+    state.totals, state.n_totals, state.recent = state.totals + rows.sum(0), state.n_totals + len(rows), []
+    invariance, uniformity, grad_norm = rows.mean(0).tolist()
+    now = time.monotonic()
+    speed, state.summarised_at = len(rows) * patches_per_step / (now - state.summarised_at), now
+    experiment.log_metrics(exp_dir, epoch=state.epoch, step=state.step, loss_sim=invariance, loss_uniformity=uniformity,
+                           grad_norm=grad_norm, lr=lr, patches_per_second=round(speed, 1))
+    text = f"sim {invariance:.4f} uniformity {uniformity:.3f} lr {lr:.4f} {speed:,.0f} patches/s"
+    if bar.disable:
+        say(f"epoch {state.epoch} step {state.step}/{bar.total} | {text}")
+    else:
+        bar.set_postfix_str(text)
+
+
+def quick_knn(hp, exp_dir, encoder, images, state, bf16):
+    """kNN accuracy now, of up to 1,000 test images among up to 5,000 training images, by 4 patches of each."""
+    train_set, test_set = images["train"], images["test"]
+    device, n_patches = next(encoder.parameters()).device, min(4, hp.test_patches or hp.n_patches)
+    tensors = []
+    for split, image_set, limit in (("train", train_set, 5000), ("test", test_set, 1000)):
+        n = min(limit, len(image_set.images))
+        subset = data.balanced_subset(image_set.labels, len(image_set.images), n, data.generator(hp.seed, f"knn-{split}"))
+        pixels = image_set.images[subset].to(device)
+        encoded = evaluate.encode(encoder, pixels, n_patches, hp.seed, f"knn-{split}", hp.bs, hp.emb_pool, bf16=bf16)
+        tensors += [encoded["embeddings"], image_set.labels[subset]]
+    top1 = evaluate.knn(*tensors, len(train_set.class_names))
+    experiment.log_metrics(exp_dir, epoch=state.epoch, step=state.step, knn_top1=top1)
+    say(f"epoch {state.epoch} step {state.step} | kNN {top1:.2f}%")
+
+
+def draw_patches(pixels, hp, path):
+    """A picture: a row for each of the images (n, 3, h, w), itself and then up to 20 patches as the network sees them."""
+    size, n = pixels.shape[-1], min(hp.n_patches, 20)
+    x = data.sample_patches(pixels, n, data.generator(hp.seed, "picture"), size)  # (P, n, 3, size, size)
+    rows = torch.cat([pixels[None].float() / 255, (x + 1) / 2]).transpose(0, 1).flatten(0, 1).cpu()
+    grid = torchvision.utils.make_grid(rows, nrow=n + 1, pad_value=1.0)
+    picture = Image.fromarray(grid.mul(255).round().byte().permute(1, 2, 0).numpy())
+    with experiment.replacing(path) as file:
+        picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(file, "PNG")
+
+
+# ----------------------------------------------------------------------------- encoding, probe and report
+
+
+def progress(items, desc, every):
+    """The items, with a progress bar on a terminal, else a line after each `every` of them."""
+    bar = tqdm(items, desc, disable=None)
+    for done, item in enumerate(bar, 1):
+        yield item
+        if bar.disable and done % every == 0:
+            say(f"{desc} {done}/{len(items)}")
+
+
+def load_encoded(exp_dir, split, key):
+    """artifacts/<split>.pt, or None unless it is there, whole, and the result of these very settings and weights."""
+    path = exp_dir / "artifacts" / f"{split}.pt"
+    if not path.exists():
+        return None
+    try:
+        encoded = experiment.load(path)
+    except RunError as error:
+        print(f"warning: {error}; encoding again", file=sys.stderr)
+        return None
+    if encoded.get("key") != key:
+        return None
+    say(f"* Loaded encoded {split} dataset from {path}")
+    return encoded
+
+
+def encode(hp, exp_dir, encoder, image_set, split, key, bf16):
+    start, n, n_patches = time.monotonic(), len(image_set.images), key["test_patches"]
+    path = exp_dir / "artifacts" / f"{split}.pt"
+    if hp.save_proj:
+        size = 2 * n * n_patches * (hp.h_dim + hp.z_dim)  # float16
+        say(f"* --save_proj: {size / 1e9:.2f} GB for {split}")
+        if size > shutil.disk_usage(exp_dir).free:
+            raise RunError(f"save_proj needs {size / 1e9:.2f} GB in {exp_dir}, more than is free there")
+    pixels = image_set.images.to(next(encoder.parameters()).device)
+    bar = functools.partial(progress, desc=f"encode {split}", every=hp.print_freq)
+    encoded = evaluate.encode(encoder, pixels, n_patches, hp.seed, split, hp.bs, hp.emb_pool, hp.save_proj, bf16, bar)
+    if not encoded["embeddings"].isfinite().all():
+        raise RunError(f"embeddings of the {split} images are not finite; try precision: fp32 in hparams.yaml")
+    encoded |= {"key": key, "seconds": time.monotonic() - start}
+    if image_set.labels is not None:
+        encoded["labels"] = image_set.labels
+    experiment.save(path, encoded)
+    return encoded
+
+
+def why_no_probe(class_names, has_test):
+    """Why there can be no accuracy, '' if there can."""
+    if not class_names:
+        return "the images have no labels (fewer than two train/<class> folders)"
+    return "" if has_test else "there are no test images (no test/<class> folders)"
+
+
+def probe(hp, exp_dir, encoded, class_names, key, device):
+    """Linear probe and kNN on the encoded images: writes probe.pt and linear_accuracy.json, returns the latter."""
+    start = time.monotonic()
+    x, y, x_test, y_test = (encoded[split][name].to(device) for split in ("train", "test") for name in ("embeddings", "labels"))
+    result, layer = evaluate.linear_probe(
+        x, y, x_test, y_test, len(class_names), hp.eval_lr, hp.n_eval_epochs, seed=hp.seed,
+        progress=functools.partial(progress, desc="linear probe", every=hp.print_freq),
+    )
+    result["knn_top1"] = evaluate.knn(x, y, x_test, y_test, len(class_names))
+    experiment.save(exp_dir / "probe.pt", {**layer.state_dict(), "class_names": class_names, "key": key})
+    result |= {"n_train": len(x), "n_test": len(x_test), "seconds": time.monotonic() - start, "key": key}
+    experiment.write_json(exp_dir / "linear_accuracy.json", result)
+    return result
+
+
+def report(exp_dir, checkpoint, encoded, result, missing):
+    say("===> Report")
+    if missing:
+        say(f"linear probe     skipped: {missing}")
+    else:
+        say(f"linear probe     top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  last epoch, {result['n_test']} test images")
+        say(f"                 top-1 {result['best_top1']:.2f}%  best epoch ({result['best_epoch']}), chosen on the test images")
+        say(f"20-NN            top-1 {result['knn_top1']:.2f}%")
+    encoding = sum(split["seconds"] for split in encoded.values())
+    probing = "" if missing else f"  probe {result['seconds']:.1f}"
+    say(f"seconds          training {checkpoint['seconds']:.1f}  encoding {encoding:.1f}{probing}")
+    say(f"files            {exp_dir}")
+
+
+# --------------------------------------------------------------------------------------------- signals
+
+
+class Interrupted(KeyboardInterrupt):
+    def __init__(self, signum, message="stopped"):
+        super().__init__(message)
+        self.signum = signum
+
+
+def raise_interrupted(signum, frame):
+    raise Interrupted(signum)
+
+
+@contextmanager
+def handling(handler):
+    """SIGINT and SIGTERM go to handler within; nothing changes in threads, which can't have handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+@contextmanager
+def hold_signals():
+    """The first SIGINT or SIGTERM is noted in the list that this yields; a second one leaves at once."""
+    noted = []
+
+    def note(signum, frame):
+        if noted:
+            os._exit(128 + signum)
+        noted.append(signum)
+
+    with handling(note):
+        yield noted
+
+
+if __name__ == "__main__":
+    sys.exit(main())
