@@ -75,7 +75,7 @@ def parse(argv=None):
     run.add_argument("--log_folder", default="logs/EMP-SSL-Training", help="directory name (default: logs/EMP-SSL-Training)")
     run.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                      help="go on where the same experiment stopped (the default), or move it aside and start over")
-    run.add_argument("--config_from", metavar="DIR", help="take what is not given here from the hparams.yaml of another run folder")
+    run.add_argument("--config_from", metavar="DIR", help="take what is not given here from another run folder's hparams.yaml")
     for param in PARAMS:
         default = "" if param.default is None else f" (default: {param.default})"
         kind = {"action": argparse.BooleanOptionalAction} if param.type is bool else {
@@ -533,7 +533,7 @@ def report(exp_dir, checkpoint, encoded, result, missing):
     if missing:
         say(f"linear probe     skipped: {missing}")
     else:
-        say(f"linear probe     top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  last epoch, {result['n_test']} test images")
+        say(f"linear probe     top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  last epoch, {result['n_test']} images")
         say(f"                 top-1 {result['best_top1']:.2f}%  best epoch ({result['best_epoch']}), chosen on the test images")
         say(f"20-NN            top-1 {result['knn_top1']:.2f}%")
     encoding = sum(split["seconds"] for split in encoded.values())

@@ -1,0 +1,63 @@
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from model import ARCHS, Conv3x3, Encoder, build_backbone
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_shapes_and_unit_vectors(arch):
+    encoder = Encoder(arch, h_dim=24, z_dim=12)
+    backbone, feature_dim = build_backbone(arch)
+    assert feature_dim == {"resnet18-mini": 256, "resnet18-tiny": 128}.get(arch, 512)
+    for size in (32, 48):
+        x = torch.randn(3, 3, size, size)
+        assert backbone(x).shape == (3, feature_dim)
+        h, z = encoder(x)
+        assert h.shape == (3, 24)
+        assert z.shape == (3, 12)
+        torch.testing.assert_close(z.norm(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("arch", ["resnet18-imagenet", "resnet18-tinyimagenet"])
+def test_torchvision_loads_the_imagenet_backbone_strictly_and_computes_the_same(arch, size):
+    """At 32 pixels layer4 works on a single pixel, where our 3x3 convolution takes its short cut."""
+    ours, theirs = build_backbone(arch)[0], torchvision.models.resnet18()
+    theirs.fc = nn.Identity()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x, grads = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)), []
+    outputs = [network(x) for network in (ours, theirs)]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    for network, output in zip((ours, theirs), outputs, strict=True):
+        output.square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    assert (grads[0] - grads[1]).norm() < 1e-3 * grads[1].norm()
+
+
+def test_a_pixel_alone_is_convolved_by_the_centre_of_the_kernel():
+    plain = nn.Conv2d(8, 6, 3, padding=1, bias=False)
+    x = torch.randn(5, 8, 1, 1)
+    torch.testing.assert_close(Conv3x3(plain)(x), plain(x))
+
+
+def test_heads():
+    """h and z from the published layers, written out; batch norm and activation are options of both heads."""
+    x = torch.randn(6, 3, 32, 32)
+    encoder = Encoder("resnet18-tiny", h_dim=10, z_dim=4, activation="tanh", batch_norm=False).eval()
+    (w0, b0), (w1, b1), (w2, b2) = ((m.weight, m.bias) for m in encoder.modules() if isinstance(m, nn.Linear))
+    h = torch.tanh(F.linear(encoder.backbone(x), w0, b0))
+    z = F.linear(torch.tanh(F.linear(h, w1, b1)), w2, b2)
+    torch.testing.assert_close(encoder(x)[0], h)
+    torch.testing.assert_close(encoder(x)[1], z / z.norm(dim=1, keepdim=True))
+    names = [type(m).__name__ for m in [*Encoder("resnet18-tiny", 10, 4).features, *Encoder("resnet18-tiny", 10, 4).projection]]
+    assert names == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+
+
+def test_wrong_names_are_refused():
+    with pytest.raises(ValueError, match="resnet50"):
+        build_backbone("resnet50")
+    with pytest.raises(ValueError, match="gelu"):
+        Encoder("resnet18-tiny", 8, 8, activation="gelu")
