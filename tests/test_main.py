@@ -1,0 +1,346 @@
+"""The program as its users run it: stages, what resume does with an edited hparams.yaml, options, cleanup."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, RUN, contents, edit, fingerprints, run, write_images
+from PIL import Image
+
+import experiment
+import main
+from model import Encoder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The finished run in a folder of the test's own, moved and renamed."""
+    return shutil.copytree(finished, tmp_path / "renamed")
+
+
+def trained_with(*changes, tiny, tmp_path):
+    result = run(*tiny, "--log_folder", tmp_path, *changes)
+    assert result.code == 0, result.err
+    return result
+
+
+def test_three_stages_from_the_shell(tiny, finished, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "main.py", *tiny, "--log_folder", "logs"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^Epoch: 0 \| Loss sim: -0\.\d{5} \| Loss TCR: -\d+\.\d{5}$", done.stdout, re.M)
+    stages = ["Training SSL encoder", "Encoding 'train' dataset", "Encoding 'test' dataset", "Fitting a linear classifier", "Report"]
+    assert re.findall(r"^===> (.*?)(?: for evaluation)?$", done.stdout, re.M) == stages
+    assert "epoch 1 step 4/6 | sim" in done.stdout
+    assert contents(tmp_path / "logs" / RUN) == contents(finished)  # another process, the same bits
+    assert set(contents(finished)) == {
+        "hparams.yaml", "metrics.jsonl", "patches.png", "linear_accuracy.json", "probe.pt",
+        "checkpoints/0.pt", "checkpoints/1.pt", "checkpoints/last.pt", "artifacts/train.pt", "artifacts/test.pt",
+    }  # fmt: skip
+
+
+def test_the_report_tells_what_the_files_hold(finished):
+    result = json.loads((finished / "linear_accuracy.json").read_text())
+    embeddings = {split: experiment.load(finished / "artifacts" / f"{split}.pt") for split in ("train", "test")}
+    probe = experiment.load(finished / "probe.pt")
+    logits = embeddings["test"]["embeddings"] @ probe["weight"].T + probe["bias"]
+    assert result["top1"] == pytest.approx(100 * (logits.argmax(1) == embeddings["test"]["labels"]).double().mean().item())
+    assert (result["n_train"], result["n_test"]) == (24, 10)
+    out = run("resume", "--exp_dir", finished).out
+    for text in (f"top-1 {result['top1']:.2f}%", "last epoch", f"top-1 {result['best_top1']:.2f}%", "best epoch", "20-NN", str(finished)):
+        assert text in out
+    assert Image.open(finished / "patches.png").size == (2 * (3 * 18 + 2), 2 * (8 * 18 + 2))  # 8 rows: image, 2 patches
+
+
+def test_metrics_and_rate(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(0, 4), (0, 6), (1, 4), (1, 6)]
+    # A cosine over all 12 steps, from lr towards 0; each line gives the rate of its last step: 3, 5, 9 and 11.
+    expected = [0.15 * (1 + torch.tensor(torch.pi * step / 12).cos().item()) for step in (3, 5, 9, 11)]
+    assert [line["lr"] for line in lines] == pytest.approx(expected)
+
+
+def test_training_lowers_the_loss_and_leaves_the_labels_alone(tiny, images, tmp_path, finished):
+    """The weights do not depend on the labels: a heap of the same images trains the same encoder."""
+    heap = tmp_path / "heap"
+    (heap / "train").mkdir(parents=True)
+    for i, path in enumerate(sorted((images / "train").rglob("*.png"))):
+        shutil.copy(path, heap / "train" / f"{i:02}.png")
+    trained_with("--data_dir", heap, tiny=tiny, tmp_path=tmp_path)
+    ours, labelled = (experiment.load(folder / "checkpoints" / "last.pt")["encoder"] for folder in (tmp_path / RUN, finished))
+    assert all(torch.equal(ours[name], labelled[name]) for name in labelled)
+    first, *_, last = [json.loads(line) for line in (tmp_path / RUN / "metrics.jsonl").read_text().splitlines()]
+    assert 200 * last["loss_sim"] + last["loss_uniformity"] < 200 * first["loss_sim"] + first["loss_uniformity"]
+
+
+def test_images_without_labels_skip_the_probe_and_say_why(tiny, tmp_path):
+    for name in ("a", "b/c"):
+        write_images(tmp_path / "heap" / name, 6, len(name))
+    result = trained_with("--data_dir", tmp_path / "heap", tiny=tiny, tmp_path=tmp_path)
+    assert "linear probe     skipped: the images have no labels" in result.out
+    assert (tmp_path / RUN / "artifacts" / "train.pt").exists()
+    before = fingerprints(tmp_path / RUN)
+    assert run("resume", "--exp_dir", tmp_path / RUN).code == 0
+    assert fingerprints(tmp_path / RUN) == before
+
+
+def test_a_finished_run_reports_and_writes_nothing(copy):
+    """Not even its images are needed, nor the place where it was."""
+    edit(copy, data_dir="./datasets", dataset="folder")
+    edit(copy, data_dir=experiment.load(copy / "checkpoints" / "last.pt")["hparams"]["data_dir"])
+    before = fingerprints(copy)
+    result = run("resume", "--exp_dir", copy)
+    assert result.code == 0
+    assert "===> Report" in result.out
+    assert "Loading" not in result.out
+    assert fingerprints(copy) == before
+
+
+# ------------------------------------------------------------------------------------- an edited hparams.yaml
+
+
+def test_a_probe_setting_runs_only_the_probe_again(copy):
+    before = fingerprints(copy)
+    edit(copy, eval_lr="1e-1")
+    result = run("resume", "--exp_dir", copy)
+    assert result.code == 0, result.err
+    changed = {path.name for path, value in fingerprints(copy).items() if before[path] != value}
+    assert changed == {"hparams.yaml", "linear_accuracy.json", "probe.pt"}  # the first by our edit
+    assert yaml.safe_load((copy / "hparams.yaml").read_text())["params"]["eval_lr"] == "1e-1"  # as it was typed
+    assert json.loads((copy / "linear_accuracy.json").read_text())["key"]["eval_lr"] == 0.1
+
+
+@pytest.mark.parametrize("change", [{"test_patches": 3}, {"emb_pool": "proj"}, {"save_proj": "true"}])
+def test_an_encode_setting_encodes_and_probes_again(copy, change):
+    before = fingerprints(copy)
+    edit(copy, **change)
+    assert run("resume", "--exp_dir", copy).code == 0
+    changed = {path.name for path, value in fingerprints(copy).items() if before[path] != value}
+    assert changed == {"hparams.yaml", "train.pt", "test.pt", "linear_accuracy.json", "probe.pt"}
+    encoded = experiment.load(copy / "artifacts" / "test.pt")
+    assert encoded["embeddings"].shape == (10, 4 if change == {"emb_pool": "proj"} else 8)
+    assert ("features" in encoded) == ("save_proj" in change)
+
+
+def test_more_epochs_train_on_from_the_last_checkpoint(copy, tiny, tmp_path):
+    old = {name: value for name, value in contents(copy).items() if name in ("checkpoints/0.pt", "checkpoints/1.pt")}
+    edit(copy, n_epochs=3)
+    result = run("resume", "--exp_dir", copy)
+    assert result.code == 0, result.err
+    assert "Going on at epoch 2 step 0" in result.out
+    assert "Epoch: 2 |" in result.out
+    assert "Epoch: 1 |" not in result.out
+    new = contents(copy)
+    assert {name: new[name] for name in old} == old
+    assert experiment.load(copy / "checkpoints" / "last.pt")["epoch"] == 3
+    assert new["linear_accuracy.json"]["key"]["encoder"] != contents(tmp_path / "renamed")["checkpoints/1.pt"]["encoder"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"h_dim": 16}, ("h_dim is 16", "h_dim 8", "--exp_name")),
+        ({"z_dim": 5}, ("z_dim is 5", "z_dim 4")),
+        ({"arch": "resnet18-mini"}, ("resnet18-mini", "resnet18-tiny")),
+        ({"dataset": "textures", "image_size": 32}, ("dataset is textures", "dataset folder")),
+        ({"seed": 1}, ("seed is 1", "seed 42")),
+        ({"lr": 0.2}, ("lr is 0.2", "lr 0.3", "no effect")),
+        ({"n_patches": 5}, ("n_patches is 5", "n_patches 2", "no effect")),
+        ({"n_epochs": 1}, ("n_epochs is 1", "epoch 2", "only be raised")),
+    ],
+)
+def test_what_the_weights_rule_out_is_refused(copy, change, words):
+    edit(copy, **change)
+    before = fingerprints(copy)
+    result = run("resume", "--exp_dir", copy)
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert all(word in result.err for word in words), result.err
+    assert fingerprints(copy) == before
+
+
+def test_a_training_setting_edited_on_the_way_is_used_and_recorded(copy):
+    (copy / "checkpoints" / "last.pt").unlink()
+    (copy / "checkpoints" / "1.pt").unlink()  # as if it had been stopped after epoch 0
+    old = contents(copy)["metrics.jsonl"]
+    edit(copy, lr=0.1, weight_decay=0.5)
+    result = run("resume", "--exp_dir", copy)
+    assert result.code == 0, result.err
+    assert "lr was 0.3, from here on it is 0.1" in result.out
+    new = contents(copy)["metrics.jsonl"]
+    assert new[:2] == old[:2]
+    assert new[2] == {"event": "changed", "epoch": 1, "step": 0, "name": "lr", "old": 0.3, "new": 0.1}
+    assert new[3]["name"] == "weight_decay"
+    assert new[4]["lr"] == pytest.approx(old[2]["lr"] / 3)
+    assert new[4]["loss_sim"] != old[2]["loss_sim"]
+    assert run("resume", "--exp_dir", copy).code == 0  # and the run is whole
+
+
+def test_other_images_under_the_same_name_are_refused(copy, images, tmp_path):
+    other = shutil.copytree(images, tmp_path / "other")
+    edit(copy, data_dir=other)
+    assert run("resume", "--exp_dir", copy).code == 0  # moved, but the same
+    Image.new("RGB", (16, 16)).save(other / "train" / "down" / "0.png")
+    result = run("resume", "--exp_dir", copy)
+    assert result.code == 2
+    assert "are not those that this run was trained on" in result.err
+
+
+# ----------------------------------------------------------------------------------- train in an existing folder
+
+
+def test_train_again_goes_on_says_what_differs_and_starts_over_only_when_told(tiny, finished, tmp_path):
+    exp_dir = shutil.copytree(finished, tmp_path / RUN)
+    before = fingerprints(exp_dir)
+    again = [*tiny, "--log_folder", tmp_path]
+    assert run(*again).code == 0
+    assert fingerprints(exp_dir) == before
+
+    result = run(*again, "--eval-lr=0.5")
+    assert result.code == 0
+    assert "eval_lr is 0.0075 in" in result.out
+    assert experiment.read_hparams(exp_dir).eval_lr == 0.5
+
+    before = fingerprints(exp_dir)
+    result = run(*again, "--eval_lr", "0.5", "--h_dim", "16")
+    assert (result.code, fingerprints(exp_dir)) == (2, before)
+
+    result = run(*again, "--no-resume", "--h-dim", "16")
+    assert result.code == 0
+    assert {path.relative_to(exp_dir): value for path, value in before.items()} == {
+        path.relative_to(tmp_path / f"{RUN}.old1"): value for path, value in fingerprints(tmp_path / f"{RUN}.old1").items()
+    }
+    assert experiment.read_hparams(exp_dir).h_dim == 16
+
+
+def test_config_from_another_run(finished, tmp_path):
+    result = run("train", "--config_from", finished, "--exp_name", "new", "--n_epochs", "1", "--log_folder", tmp_path)
+    assert result.code == 0, result.err
+    there, here = vars(experiment.read_hparams(finished)), vars(experiment.read_hparams(tmp_path / RUN.replace("default", "new")))
+    assert here == {**there, "n_epochs": 1}
+    result = run("train", "--config_from", finished, "--log_folder", finished.parent)
+    assert result.code == 2
+    assert "--exp_name" in result.err
+
+
+# ------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--optimizer sgd --lr 0.01 --activation tanh --no-batch_norm --n-epochs=1",
+        "--uniformity_loss vonmises --emb_pool proj --invariance_loss_weight 1.5 --n_epochs 1 --deterministic",
+        "--precision bf16 --n_images 12 --test_patches 3 --n_epochs 1 --save_proj",
+        "--n_epochs 0",
+    ],
+)
+def test_options_run_through(tiny, tmp_path, options):
+    result = trained_with(*options.split(), tiny=tiny, tmp_path=tmp_path)
+    assert "===> Report" in result.out
+    hp = experiment.read_hparams(next(tmp_path.glob("default__*")))
+    given = dict(zip(options.split(), options.split()[1:], strict=False))
+    assert all(str(getattr(hp, name[2:])) == value for name, value in given.items() if hasattr(hp, name[2:]) and value[:2] != "--")
+
+
+def test_no_epochs_leave_the_seeded_random_encoder(tiny, tmp_path):
+    trained_with("--n_epochs", "0", tiny=tiny, tmp_path=tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        other = Encoder("resnet18-tiny", 8, 4).state_dict()
+    rng = torch.get_rng_state()
+    fresh = main.build_encoder(experiment.read_hparams(tmp_path / RUN), None).state_dict()
+    assert torch.equal(rng, torch.get_rng_state())
+    saved = experiment.load(tmp_path / RUN / "checkpoints" / "last.pt")["encoder"]
+    assert all(torch.equal(saved[name], fresh[name]) for name in fresh)
+    assert not torch.equal(other["backbone.conv1.weight"], fresh["backbone.conv1.weight"])
+
+
+def test_quick_knn_on_the_way_changes_nothing_else(tiny, finished, tmp_path):
+    result = trained_with("--eval_freq", "5", tiny=tiny, tmp_path=tmp_path)
+    assert len(re.findall(r"\| kNN \d+\.\d\d%", result.out)) == 2
+    ours, plain = contents(tmp_path / RUN), contents(finished)
+    for name in ("artifacts/train.pt", "probe.pt"):
+        assert ours[name] == plain[name]
+    steps = [(line["epoch"], line["step"]) for line in ours["metrics.jsonl"] if "knn_top1" in line]
+    assert steps == [(0, 5), (1, 4)]
+    assert [line for line in ours["metrics.jsonl"] if "knn_top1" not in line] == plain["metrics.jsonl"]
+
+
+def test_pretrained_projection_is_loaded_and_frozen(tiny, finished, tmp_path):
+    source = finished / "checkpoints" / "0.pt"
+    trained_with("--pretrained_proj", source, "--seed", "1", tiny=tiny, tmp_path=tmp_path)
+    theirs, ours = (experiment.load(path)["encoder"] for path in (source, tmp_path / RUN / "checkpoints" / "last.pt"))
+    for name in theirs:
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            assert torch.equal(theirs[name], ours[name]) == name.startswith("projection."), name
+
+    torch.save({"format": 1, "encoder": {"backbone.conv1.weight": torch.ones(1)}}, tmp_path / "none.pt")
+    for path, words in ((tmp_path / "none.pt", "holds no projection"), (tmp_path / "missing.pt", "is not a file")):
+        result = run(*tiny, "--pretrained_proj", path, "--log_folder", tmp_path / "other")
+        assert (result.code, (tmp_path / "other").exists()) == (2, False)
+        assert words in result.err
+    result = run(*tiny, "--pretrained_proj", source, "--z_dim", "5", "--log_folder", tmp_path / "other")
+    assert result.code == 2
+    assert "z_dim" in result.err
+
+
+def test_precision_auto_and_unknown_devices(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    assert main.pick_precision("auto", cpu) in ("fp32", "bf16")
+    assert [main.pick_precision(name, cpu) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
+    for flags, expected in (("fpu avx2 avx512f", "fp32"), ("avx512f avx512_bf16", "bf16")):
+        monkeypatch.setattr(main.Path, "read_text", lambda self, flags=flags: f"flags : {flags}\n")
+        assert main.pick_precision("auto", cpu) == expected
+    monkeypatch.undo()
+    for device in ("cuda", "cuda:3", "tpu", "cuda:x", "meta"):
+        result = run("train", "--device", device, "--log_folder", tmp_path / "logs")
+        assert (result.code, (tmp_path / "logs").exists()) == (2, False)
+        assert device in result.err
+
+
+# ------------------------------------------------------------------------------------------------- cleanup
+
+
+def test_cleanup_asks_keeps_the_newest_and_says_how_much_it_freed(copy, tmp_path, monkeypatch):
+    for epoch in range(2, 12):
+        shutil.copy(copy / "checkpoints" / "1.pt", copy / "checkpoints" / f"{epoch}.pt")
+    before = fingerprints(copy)
+    for answer in ("n", ""):
+        monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
+        result = run("cleanup", "--log_folder", tmp_path, "--keep", "2")
+        assert (result.code, fingerprints(copy)) == (0, before)
+        assert "Nothing removed" in result.out
+    result = run("cleanup", "--log_folder", tmp_path, "--keep", "2", "-y")
+    gone = set(before) - set(fingerprints(copy))
+    assert gone == {copy / "checkpoints" / f"{epoch}.pt" for epoch in range(10)}
+    assert f"Freed {sum(len(before[path][0]) for path in gone) / 1e6:,.1f} MB" in result.out
+    assert run("resume", "--exp_dir", copy).code == 0
+    assert run("cleanup", "--log_folder", tmp_path, "--keep", "0", "-y").code == 2
+    assert run("cleanup", "--log_folder", tmp_path / "missing", "--keep", "1", "-y").code == 2
+
+
+# ---------------------------------------------------------------------------------------------------- help
+
+
+def test_help_lists_every_option_with_its_default():
+    out = run("train", "--help").out
+    flat = " ".join(out.split())
+    for param in experiment.PARAMS:
+        assert f"--{param.name}" in flat
+        assert param.help in flat
+        assert param.default is None or f"(default: {param.default})" in flat
+    for command in ("resume", "cleanup"):
+        result = run(command, "--help")
+        assert result.code == 0
+        assert command in run("--help").out
+
+
+def test_importing_does_nothing(tmp_path):
+    code = "import main, experiment, model, loss, lars, data, evaluate, torch; assert not torch.cuda.is_initialized()"
+    done = subprocess.run([sys.executable, "-c", code, "--bogus"], cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
