@@ -89,9 +89,7 @@ def test_images_without_labels_skip_the_probe_and_say_why(tiny, tmp_path):
 
 
 def test_a_finished_run_reports_and_writes_nothing(copy):
-    """Not even its images are needed, nor the place where it was."""
-    edit(copy, data_dir="./datasets", dataset="folder")
-    edit(copy, data_dir=experiment.load(copy / "checkpoints" / "last.pt")["hparams"]["data_dir"])
+    """Neither its images nor the place where it was are needed."""
     before = fingerprints(copy)
     result = run("resume", "--exp_dir", copy)
     assert result.code == 0

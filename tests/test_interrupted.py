@@ -1,0 +1,119 @@
+"""A run that is killed or stopped, and resumed, ends with the bits of one that was not."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, RUN, contents, run
+
+import experiment
+
+# The program itself, killed by SIGKILL at the n-th call of one of its functions.
+KILL = """
+import os, signal, sys, torch, main, data, evaluate, experiment
+module, name, n = {"data": data, "evaluate": evaluate, "experiment": experiment, "torch": torch}[sys.argv[1]], sys.argv[2], int(sys.argv[3])
+function, calls = getattr(module, name), 0
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == n:
+        if name == "save":  # half a checkpoint lies on the disk
+            args[1].write(b"half")
+            args[1].flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args, **kwargs)
+setattr(module, name, counted)
+if name == "sample_patches":
+    evaluate.sample_patches = counted
+sys.exit(main.main(sys.argv[4:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "n"),
+    [
+        ("data", "sample_patches", 5),  # training (call 1 draws patches.png): the middle of epoch 0
+        ("experiment", "log_metrics", 4),  # the end of epoch 1, its losses not yet written
+        ("torch", "save", 7),  # writing the checkpoint of epoch 0
+        ("evaluate", "encode", 1),  # between the stages
+        ("evaluate", "encode", 2),  # train encoded, test not
+        ("evaluate", "accuracy", 2),  # in the probe
+        ("experiment", "write_json", 1),  # probe.pt written, its result not
+    ],
+)
+def test_sigkill_then_resume(tiny, finished, tmp_path, module, name, n):
+    killed = subprocess.run([sys.executable, "-c", KILL, module, name, str(n), *tiny, "--log_folder", tmp_path], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert contents(tmp_path / RUN) != contents(finished)
+    result = run("resume", "--exp_dir", tmp_path / RUN)
+    assert result.code == 0, result.err
+    assert "Going on at epoch" in result.out or module == "evaluate" or name == "write_json"
+    assert contents(tmp_path / RUN) == contents(finished)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on(tiny, finished, tmp_path, signum, code):
+    """Checkpoints within an epoch are off here, so the one at the signal is what resume goes on from."""
+    command = [*tiny, "--checkpoint_every", "1000", "--print_freq", "1", "--log_folder", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, ROOT / "main.py", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 0 step 2/6"):
+            process.send_signal(signum)
+            break
+    err = process.communicate()[1]
+    assert process.returncode == code
+    assert err.startswith("stopped at epoch")
+    assert f"resume --exp_dir {tmp_path / RUN}" in err
+    stopped = experiment.load(tmp_path / RUN / "checkpoints" / "last.pt")
+    assert (stopped["epoch"], stopped["step"]) > (0, 0)
+    assert run(*command).code == 0
+    ours, undisturbed = contents(tmp_path / RUN), contents(finished)
+    for name in ("checkpoints/1.pt", "artifacts/train.pt", "artifacts/test.pt", "probe.pt", "linear_accuracy.json"):
+        if name == "checkpoints/1.pt":
+            assert ours[name]["encoder"] == undisturbed[name]["encoder"]
+            assert ours[name]["optimizer"] == undisturbed[name]["optimizer"]
+        else:
+            assert ours[name] == undisturbed[name]
+
+
+def test_a_signal_outside_training_stops_too(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.encode", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    result = run(*tiny, "--log_folder", tmp_path)
+    assert (result.code, result.err) == (143, "stopped\n")
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(finished, tmp_path):
+    exp_dir = shutil.copytree(finished, tmp_path / "run")
+    for name in ("last.pt", "1.pt"):
+        path = exp_dir / "checkpoints" / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    result = run("resume", "--exp_dir", exp_dir)
+    assert result.code == 0
+    assert "last.pt can't be read" in result.err
+    assert "Going on at epoch 1 step 0" in result.out
+    assert contents(exp_dir) == contents(finished)
+
+
+def test_no_readable_checkpoint_is_an_error_and_nothing_is_lost(finished, tmp_path):
+    exp_dir = shutil.copytree(finished, tmp_path / "run")
+    for path in (exp_dir / "checkpoints").iterdir():
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 1  # one flipped bit in a tensor
+        path.write_bytes(damaged)
+    before = {path: path.read_bytes() for path in exp_dir.rglob("*.*")}
+    result = run("resume", "--exp_dir", exp_dir)
+    assert result.code == 1
+    assert "no checkpoint in" in result.err
+    assert {path: path.read_bytes() for path in exp_dir.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize("name", ["artifacts/train.pt", "artifacts/test.pt", "probe.pt", "linear_accuracy.json"])
+def test_damaged_results_are_computed_again(finished, tmp_path, name):
+    exp_dir = shutil.copytree(finished, tmp_path / "run")
+    path = exp_dir / name
+    path.unlink() if name == "probe.pt" else path.write_bytes(path.read_bytes()[:-100])
+    assert run("resume", "--exp_dir", exp_dir).code == 0
+    assert contents(exp_dir) == contents(finished)
