@@ -1,0 +1,105 @@
+"""Accuracy and time of whole runs, beside the untrained encoder and raw pixels: writes benchmarks/results/NAME.json.
+
+    python benchmarks/accuracy.py demo --seeds 3
+    python benchmarks/accuracy.py cifar10-jpeg --seeds 1 --data_dir .data/cifar10
+
+demo: what `make demo` runs. cifar10-jpeg: 10,000 CIFAR-10 images as JPEG files in train/<class> and test/<class>.
+Each experiment goes through main.main, in a temporary folder. Then: python benchmarks/readme.py
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy
+import torch
+import torchvision
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import evaluate  # noqa: E402
+import experiment  # noqa: E402
+import main  # noqa: E402
+
+CIFAR = "--dataset folder --n_images 10000 --arch resnet18-imagenet --n_patches 8 --n_epochs 1"
+
+
+def arguments(name):
+    """The options that the named experiment changes; the demo's stand in the Makefile."""
+    if name == "cifar10-jpeg":
+        return CIFAR.split()
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    return ["--dataset", "textures", *re.search(r"^DEMO = (.*)$", makefile, re.M)[1].split()]
+
+
+def one_run(argv, seed, **more):
+    """Run the program and return what it reports: accuracies in percent, seconds per stage and in all."""
+    options = [text for name, value in {"seed": seed, **more}.items() for text in (f"--{name}", str(value))]
+    with tempfile.TemporaryDirectory() as logs:
+        start = time.monotonic()
+        if main.main(["train", *argv, *options, "--log_folder", logs]) != 0:
+            sys.exit("the run failed")
+        total = time.monotonic() - start
+        (exp_dir,) = Path(logs).iterdir()
+        result = experiment.read_json(exp_dir / "linear_accuracy.json")
+        encoding = sum(experiment.load(path)["seconds"] for path in (exp_dir / "artifacts").iterdir())
+        training = experiment.load(exp_dir / "checkpoints" / "last.pt")["seconds"]
+    seconds = {"training": training, "encoding": encoding, "probe": result["seconds"], "all": total}
+    accuracy = {name: result[name] for name in ("top1", "top5", "best_top1", "knn_top1")}
+    return {"seed": seed, **accuracy, "seconds": {name: round(value, 1) for name, value in seconds.items()}}
+
+
+def raw_pixels(argv, data_dir):
+    """Top-1 of the linear probe on the pixels themselves, in [-1, 1], for the better of two learning rates."""
+    args = main.parse(["train", *argv, "--data_dir", data_dir])
+    given = {param.name: getattr(args, param.name, param.default) for param in experiment.PARAMS}
+    images = main.load_data(experiment.validate(given, "benchmark"), None)
+    tensors = []
+    for split in ("train", "test"):
+        tensors += [images[split].images.flatten(1) / 127.5 - 1, images[split].labels]
+    n_classes = len(images["train"].class_names)
+    return max(evaluate.linear_probe(*tensors, n_classes, lr=lr)[0]["top1"] for lr in (7.5e-3, 7.5e-4))
+
+
+def machine():
+    model = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    device = main.pick_device("auto")
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else str(device),
+        "precision": main.pick_precision("auto", device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=("demo", "cifar10-jpeg"))
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (default: 3)")
+    parser.add_argument("--data_dir", default="./datasets", help="where the JPEG files are")
+    options = parser.parse_args()
+    argv = arguments(options.name)
+    results = {
+        "options": " ".join(argv),
+        "machine": machine(),
+        "trained": [one_run(argv, seed, data_dir=options.data_dir) for seed in range(options.seeds)],
+        "untrained": [one_run(argv, seed, data_dir=options.data_dir, n_epochs=0) for seed in range(options.seeds)],
+        "raw_pixels_top1": raw_pixels(argv, options.data_dir),
+    }
+    path = ROOT / "benchmarks" / "results" / f"{options.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
