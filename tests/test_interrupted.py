@@ -14,7 +14,7 @@ import experiment
 # The program itself, killed by SIGKILL at the n-th call of one of its functions.
 KILL = """
 import os, signal, sys, torch, main, data, evaluate, experiment
-module, name, n = {"data": data, "evaluate": evaluate, "experiment": experiment, "torch": torch}[sys.argv[1]], sys.argv[2], int(sys.argv[3])
+module, name, n = sys.modules[sys.argv[1]], sys.argv[2], int(sys.argv[3])
 function, calls = getattr(module, name), 0
 def counted(*args, **kwargs):
     global calls
@@ -45,7 +45,8 @@ sys.exit(main.main(sys.argv[4:]))
     ],
 )
 def test_sigkill_then_resume(tiny, finished, tmp_path, module, name, n):
-    killed = subprocess.run([sys.executable, "-c", KILL, module, name, str(n), *tiny, "--log_folder", tmp_path], cwd=ROOT, capture_output=True)
+    command = [sys.executable, "-c", KILL, module, name, str(n), *tiny, "--log_folder", tmp_path]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert contents(tmp_path / RUN) != contents(finished)
     result = run("resume", "--exp_dir", tmp_path / RUN)
@@ -58,7 +59,8 @@ def test_sigkill_then_resume(tiny, finished, tmp_path, module, name, n):
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on(tiny, finished, tmp_path, signum, code):
     """Checkpoints within an epoch are off here, so the one at the signal is what resume goes on from."""
     command = [*tiny, "--checkpoint_every", "1000", "--print_freq", "1", "--log_folder", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, ROOT / "main.py", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, ROOT / "main.py", *command], **pipes)
     for line in process.stdout:
         if line.startswith("epoch 0 step 2/6"):
             process.send_signal(signum)
@@ -71,12 +73,10 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on
     assert (stopped["epoch"], stopped["step"]) > (0, 0)
     assert run(*command).code == 0
     ours, undisturbed = contents(tmp_path / RUN), contents(finished)
-    for name in ("checkpoints/1.pt", "artifacts/train.pt", "artifacts/test.pt", "probe.pt", "linear_accuracy.json"):
-        if name == "checkpoints/1.pt":
-            assert ours[name]["encoder"] == undisturbed[name]["encoder"]
-            assert ours[name]["optimizer"] == undisturbed[name]["optimizer"]
-        else:
-            assert ours[name] == undisturbed[name]
+    for part in ("encoder", "optimizer"):
+        assert ours["checkpoints/1.pt"][part] == undisturbed["checkpoints/1.pt"][part]
+    for name in ("artifacts/train.pt", "artifacts/test.pt", "probe.pt", "linear_accuracy.json"):
+        assert ours[name] == undisturbed[name]
 
 
 def test_a_signal_outside_training_stops_too(tiny, tmp_path, monkeypatch):
