@@ -118,7 +118,7 @@ def read_images(paths, folder, image_size):
         try:
             with Image.open(paths[i]) as image:
                 pixels[i] = to_rgb(image, image_size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow raises nearly anything on a damaged file
             return f"{paths[i]} ({type(error).__name__})"
 
     with ThreadPoolExecutor() as pool:
