@@ -16,7 +16,6 @@ from PIL import Image, ImageOps
 
 from experiment import RunError, UsageError
 
-DATASETS = ("cifar10", "cifar100", "folder", "textures")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -38,8 +37,8 @@ def generator(seed, purpose, epoch=0, step=0):
 def load_images(name, root, train, image_size=32):
     """One split of a data set, whole, in memory.
 
-    name: one of DATASETS. root: the folder with the files (cifar10, cifar100: downloaded into it once; folder:
-    see load_folder; textures: not used). image_size: height and width in pixels, `folder` only.
+    name: cifar10, cifar100, folder or textures. root: the folder with the files (cifar10, cifar100: downloaded into
+    it once; folder: see load_folder; textures: not used). image_size: height and width in pixels, `folder` only.
     Returns an ImageSet, None for the test split of a `folder` that has none. Raises UsageError where the data is
     not there or image_size does not fit, RunError where more than 1 image in 100 can't be read.
     """
@@ -51,7 +50,7 @@ def load_images(name, root, train, image_size=32):
         return load_folder(Path(root), train, image_size)
     if name in ("cifar10", "cifar100"):
         return load_cifar(name, root, train)
-    raise UsageError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
+    raise UsageError(f"unknown dataset {name!r}: choose from cifar10, cifar100, folder and textures")
 
 
 def load_cifar(name, root, train):
@@ -133,11 +132,11 @@ def read_images(paths, folder, image_size):
 
 
 def to_rgb(image, image_size):
-    """A PIL image of any mode as RGB, its shorter side resized to image_size, centre-cropped."""
+    """A PIL image of any mode as RGB, turned as its EXIF says, its shorter side resized to image_size, centre-cropped."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    return ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    return ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BICUBIC)
 
 
 def balanced_subset(labels, n_images, n, generator):
@@ -243,7 +242,7 @@ def sample_patches(images, n_patches, generator, size=32):
     which = torch.arange(B).repeat(n_patches)  # (P B,)
     which, top, left = (index.to(images.device) for index in (which, params["top"], params["left"]))
     x = windows[which, :, top, left].float().div_(255)  # (P B, 3, H/2, W/2)
-    x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+    x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False, antialias=max(H, W) // 2 > size)
     x = augment(x, params).mul_(2).sub_(1)
     return x.unflatten(0, (n_patches, B))  # (P, B, 3, size, size)
 
@@ -252,7 +251,8 @@ def sample_params(n, H, W, generator):
     """What happens to each of n patches of images (H, W), as a dict of CPU tensors (n, ...).
 
     top, left int64; flip, jitter, grey, blur, solarise bool; order int64 (n, 4), a permutation of JITTER per patch;
-    brightness, contrast, saturation and hue factors and the blur's sigma in pixels, float32.
+    brightness, contrast, saturation and hue factors and the blur's sigma in pixels, float32. The probabilities and
+    ranges are those of the authors' code.
     """
 
     def uniform(low, high):

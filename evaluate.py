@@ -1,5 +1,7 @@
 """What the representation is worth: encode images, fit a linear probe, ask the nearest neighbours."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,28 +16,27 @@ def encode(
     """The bag of patches: each image's representation is the mean over n_patches random patches of h, or of z.
 
     encoder: a model.Encoder, used in eval mode and left in the mode it was in. images: uint8 (N, 3, H, W), on the
-    encoder's device. seed, split: what the patches depend on, with bs. emb_pool: "features" (h) or "proj" (z).
+    encoder's device. seed, split and bs: what the patches depend on. emb_pool: "features" (h) or "proj" (z).
     progress: wraps the sequence of batches. Returns a dict of CPU tensors: embeddings float32 (N, h_dim or z_dim) and,
     with save_proj, features float16 (N, n_patches, h_dim) and projections float16 (N, n_patches, z_dim).
     Source: arXiv 2304.03977, section 2.2 (bag-of-feature representation).
     """
     was_training, size = encoder.training, images.shape[-1]
     encoder.eval()
-    embeddings, features, projections = [], [], []
-    for step in progress(range(-(-len(images) // bs))):
-        x = sample_patches(images[step * bs : (step + 1) * bs], n_patches, generator(seed, f"encode-{split}", step=step), size)
+    N, embeddings, encoded = len(images), [], {}
+    for step in progress(range(math.ceil(N / bs))):
+        rows = slice(step * bs, (step + 1) * bs)
+        x = sample_patches(images[rows], n_patches, generator(seed, f"encode-{split}", step=step), size)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             h, z = encoder(x.flatten(0, 1))
         h, z = (tensor.float().unflatten(0, x.shape[:2]) for tensor in (h, z))  # (P, B, h_dim), (P, B, z_dim)
         embeddings.append((h if emb_pool == "features" else z).mean(0).cpu())
-        if save_proj:
-            features.append(h.transpose(0, 1).half().cpu())
-            projections.append(z.transpose(0, 1).half().cpu())
+        for name, patches in {"features": h, "projections": z}.items() if save_proj else ():
+            if name not in encoded:
+                encoded[name] = torch.empty(N, n_patches, patches.shape[-1], dtype=torch.float16)
+            encoded[name][rows] = patches.transpose(0, 1)
     encoder.train(was_training)
-    encoded = {"embeddings": torch.cat(embeddings)}
-    if save_proj:
-        encoded |= {"features": torch.cat(features), "projections": torch.cat(projections)}
-    return encoded
+    return {"embeddings": torch.cat(embeddings), **encoded}
 
 
 def linear_probe(x, y, x_test, y_test, n_classes, lr=0.0075, n_epochs=100, bs=100, weight_decay=5e-5, seed=0, progress=iter):
@@ -71,7 +72,7 @@ def accuracy(layer, x, y):
     logits = layer(x)
     ranked = logits.topk(min(5, logits.shape[1])).indices  # (M, 5)
     hits = ranked == y[:, None]
-    return [100 * hits[:, :1].any(1).double().mean().item(), 100 * hits.any(1).double().mean().item()]
+    return [100 * hits[:, 0].sum().item() / len(y), 100 * hits.sum().item() / len(y)]
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from model import ACTIVATIONS, ARCHS
+
 FORMAT = 1  # of checkpoints and artifacts
 
 
@@ -73,7 +75,9 @@ class Param(NamedTuple):
         return value
 
     def parse(self, text):
-        """The value of a command-line argument; raises argparse.ArgumentTypeError."""
+        """The value of a command-line argument, none where there may be no value; raises argparse.ArgumentTypeError."""
+        if self.default is None and text.lower() == "none":
+            return None
         try:
             return self.check(self.type(text))
         except (ValueError, OverflowError):
@@ -93,11 +97,10 @@ PARAMS = [
     Param("image_size", int, 32, "data", "pixels, folder only: images are resized and centre-cropped to this", low=14),
     Param("n_images", int, None, "data", "train on a random, class-balanced subset of so many (default: all)", low=1),
     Param("seed", int, 42, "data", "random seed", low=0),
-    Param("arch", str, "resnet18-cifar", "model", "network architecture", choices=(
-        "resnet18-cifar", "resnet18-imagenet", "resnet18-tinyimagenet", "resnet18-mini", "resnet18-tiny")),
+    Param("arch", str, "resnet18-cifar", "model", "network architecture", choices=tuple(ARCHS)),
     Param("h_dim", int, 4096, "model", "patch embedding dimensionality", low=1),
     Param("z_dim", int, 1024, "model", "projection dimensionality", low=1),
-    Param("activation", str, "relu", "model", "activation of both heads", choices=("relu", "tanh")),
+    Param("activation", str, "relu", "model", "activation of both heads", choices=tuple(ACTIVATIONS)),
     Param("batch_norm", bool, True, "model", "batch norm in both heads"),
     Param("pretrained_proj", str, None, "model", "checkpoint to take the projection's weights from, then kept frozen"),
     Param("n_patches", int, 100, "encoder", "patches per image", low=1),
@@ -144,6 +147,8 @@ def validate(values, source):
             raise UsageError(f"{source}: {name} {error}") from None
     if values["uniformity_loss"] == "vonmises" and values["bs"] < 2:
         raise UsageError(f"{source}: bs must be at least 2 with uniformity_loss vonmises, which compares images")
+    if values["bs"] * values["n_patches"] < 2:
+        raise UsageError(f"{source}: bs 1 with n_patches 1 leaves batch norm a single patch: raise one of them")
     if values["image_size"] % 2:
         raise UsageError(f"{source}: image_size must be even, a patch being half as wide, not {values['image_size']}")
     return SimpleNamespace(**values)
@@ -200,8 +205,8 @@ def check_changes(hp, checkpoint):
     changed = differences(old, new, ("encoder",))
     if hp.n_epochs < checkpoint["epoch"] + (checkpoint["step"] > 0):
         raise UsageError(
-            f"n_epochs is {hp.n_epochs}, but training is at epoch {checkpoint['epoch']} step {checkpoint['step']}: "
-            f"it can only be raised, or train under a new --exp_name"
+            f"n_epochs is {hp.n_epochs}, but training is at epoch {checkpoint['epoch']} step {checkpoint['step']} already: "
+            f"raise it, or train under a new --exp_name"
         )
     if is_trained(hp, checkpoint):
         for name, (was, now) in changed.items():
@@ -276,15 +281,20 @@ def epoch_checkpoints(exp_dir):
 def newest_checkpoint(exp_dir):
     """The content of the newest checkpoint that can be read, None if there is none at all.
 
-    Says which ones it passed over; raises RunError if there are some and none can be read.
+    Says which ones it passed over, and makes last.pt whole again from the one it found. Raises RunError if there are
+    some and none can be read.
     """
     last = exp_dir / "checkpoints" / "last.pt"
     paths = [last] * last.exists() + epoch_checkpoints(exp_dir)[::-1]
     for path in paths:
         try:
-            return load(path)
+            content = load(path)
         except RunError as error:
             print(f"warning: {error}", file=sys.stderr)
+            continue
+        if path != last:
+            save(last, content)
+        return content
     if paths:
         raise RunError(f"no checkpoint in {exp_dir / 'checkpoints'} can be read; start over with train --no-resume")
     return None

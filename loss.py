@@ -44,8 +44,12 @@ def vonmises_loss(z, t=2.0):
     _, B, _ = _shape(z)
     if B < 2:
         raise ValueError("vonmises_loss compares images with each other: it needs at least 2 of them in a batch")
-    distance = torch.pdist(_at_least_float32(z).mean(0))  # (B (B - 1) / 2,)
-    return distance.square().mul(-t).logsumexp(0) - math.log(len(distance))
+    with torch.autocast(z.device.type, enabled=False):
+        mean = _at_least_float32(z).mean(0)  # (B, d)
+        square = mean.square().sum(1)
+        i, j = torch.triu_indices(B, B, 1, device=z.device)
+        distance = (square[:, None] + square - 2 * mean @ mean.T)[i, j]  # ‖z̄_i - z̄_j‖², (B (B - 1) / 2,)
+        return distance.mul(-t).logsumexp(0) - math.log(len(distance))
 
 
 def _shape(z):

@@ -4,6 +4,8 @@ import argparse
 import functools
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -98,15 +100,13 @@ def parse(argv=None):
 
     for command in (train, resume, cleanup):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    spellings = {spelling.replace("_", "-"): spelling for command in (train, resume, cleanup)
-                 for spelling in command._option_string_actions}
-    return parser.parse_args([canonical(arg, spellings) for arg in (sys.argv[1:] if argv is None else argv)])
+    return parser.parse_args([canonical(arg) for arg in (sys.argv[1:] if argv is None else argv)])
 
 
-def canonical(arg, spellings):
-    """--n-patches=3 as --n_patches=3."""
+def canonical(arg):
+    """--n-patches=3 as --n_patches=3, --no-batch-norm as --no-batch_norm, anything but an option as it is."""
     name, equals, value = arg.partition("=")
-    return spellings.get(name.replace("_", "-"), name) + equals + value if name.startswith("--") else arg
+    return "--" + re.sub("^no_", "no-", name[2:].replace("-", "_")) + equals + value if name.startswith("--") else arg
 
 
 def train_command(args):
@@ -118,15 +118,11 @@ def train_command(args):
     exp_dir = Path(args.log_folder) / f"{args.exp_name}__numpatch{hp.n_patches}_bs{hp.bs}_lr{hp.lr:g}"
     if args.config_from and exp_dir.resolve() == Path(args.config_from).resolve():
         raise UsageError(f"{exp_dir} is the run folder that --config_from names: give the new experiment an --exp_name")
-    if not args.resume and exp_dir.exists():
-        aside = next(path for n in range(1, 10**6) if not (path := exp_dir.with_name(f"{exp_dir.name}.old{n}")).exists())
-        exp_dir.rename(aside)
-        say(f"* Moved the old run to {aside}")
-    elif (exp_dir / "hparams.yaml").exists():
+    if args.resume and (exp_dir / "hparams.yaml").exists():
         edited = experiment.differences(vars(experiment.read_hparams(exp_dir)), vars(hp))
         for name, (there, here) in edited.items():
             say(f"* {name} is {there} in {exp_dir}/hparams.yaml and {here} in this command, which decides")
-    run(hp, exp_dir)
+    run(hp, exp_dir, start_over=not args.resume)
 
 
 def resume_command(args):
@@ -162,8 +158,12 @@ def confirmed(question):
 # -------------------------------------------------------------------------------------------- pipeline
 
 
-def run(hp, exp_dir):
-    """The three stages, each skipped where its result is in the run folder, and the report."""
+def run(hp, exp_dir, start_over=False):
+    """The three stages, each skipped where its result is in the run folder, and the report.
+
+    start_over: move a run folder that exists aside first. Raises UsageError or RunError, before anything is written
+    where the settings or the data are at fault.
+    """
     device = pick_device(hp.device)
     bf16 = pick_precision(hp.precision, device) == "bf16"
     say(f"* Device: {device}, precision: {'bf16' if bf16 else 'fp32'}")
@@ -171,15 +171,21 @@ def run(hp, exp_dir):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(hp.deterministic)
 
-    checkpoint = experiment.newest_checkpoint(exp_dir)
+    checkpoint = None if start_over else experiment.newest_checkpoint(exp_dir)
     changed = experiment.check_changes(hp, checkpoint) if checkpoint else {}
     encoder = build_encoder(hp, checkpoint)
     images = functools.cache(lambda: load_data(hp, checkpoint))
     if checkpoint and hp.dataset == "folder" and hp.data_dir != checkpoint["hparams"]["data_dir"]:
         images()  # elsewhere now: are they the same?
     if not experiment.is_trained(hp, checkpoint):
-        images()  # before the run folder is made: an error here leaves nothing behind
+        images()  # before the run folder is made or moved: an error here changes nothing
+    if start_over and exp_dir.exists():
+        aside = next(path for n in range(1, 10**6) if not (path := exp_dir.with_name(f"{exp_dir.name}.old{n}")).exists())
+        exp_dir.rename(aside)
+        say(f"* Moved the old run to {aside}")
     experiment.prepare(exp_dir, hp)
+    for name, (old, new) in changed.items():
+        say(f"* {name} was {old}, from here on it is {new}")
 
     encoder = encoder.to(device, memory_format=torch.channels_last)  # on a CPU 1.3x in training, 1.8x in encoding
     if not experiment.is_trained(hp, checkpoint):
@@ -189,10 +195,11 @@ def run(hp, exp_dir):
 
     weights = experiment.checksum(*checkpoint["encoder"].values())
     test_patches = hp.test_patches or hp.n_patches
-    encode_key = {"encoder": weights, "test_patches": test_patches, "emb_pool": hp.emb_pool, "save_proj": hp.save_proj}
+    bs = max(1, hp.bs * hp.n_patches // test_patches)  # as many patches at once as in training: that much fits
+    encode_key = {"encoder": weights, "bs": bs, "test_patches": test_patches, "emb_pool": hp.emb_pool, "save_proj": hp.save_proj}
     class_names = checkpoint["data"]["class_names"]
     splits = [split for split in ("train", "test") if checkpoint["data"][split]]
-    encoded = {split: load_encoded(exp_dir, split, encode_key) for split in splits}
+    encoded = {split: load_cached(exp_dir / "artifacts" / f"{split}.pt", encode_key) for split in splits}
     for split in splits:
         if encoded[split] is None:
             say(f"===> Encoding '{split}' dataset for evaluation")
@@ -201,13 +208,14 @@ def run(hp, exp_dir):
     probe_key = {**encode_key, "n_eval_epochs": hp.n_eval_epochs, "eval_lr": hp.eval_lr}
     result = experiment.read_json(exp_dir / "linear_accuracy.json")
     missing = why_no_probe(class_names, "test" in splits)
-    if not missing and (result.get("key") != probe_key or not (exp_dir / "probe.pt").exists()):
+    if not missing and (result.get("key") != probe_key or not load_cached(exp_dir / "probe.pt", probe_key)):
         say("===> Fitting a linear classifier")
         result = probe(hp, exp_dir, encoded, class_names, probe_key, device)
     report(exp_dir, checkpoint, encoded, result, missing)
 
 
 def pick_device(name):
+    """The torch.device of this name; raises UsageError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -216,7 +224,7 @@ def pick_device(name):
         raise UsageError(f"device {name!r} must be auto, cpu, mps, cuda or cuda:N") from None
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
     if (device.index or 0) >= count:
-        raise UsageError(f"device {name} is not available here; --device auto takes the best that is")
+        raise UsageError(f"device {name} is not available here: device auto takes the best that is")
     return device
 
 
@@ -245,25 +253,29 @@ def load_data(hp, checkpoint):
         train_set = train_set._replace(
             images=train_set.images[subset], labels=None if train_set.labels is None else train_set.labels[subset])
     if hp.n_epochs > 0 and len(train_set.images) < hp.bs:
-        raise UsageError(f"bs {hp.bs} is more than the {len(train_set.images)} training images: lower --bs")
+        raise UsageError(f"bs {hp.bs} is more than the {len(train_set.images)} training images: lower bs")
     missing = why_no_probe(train_set.class_names, test_set)
     if hp.eval_freq and missing:
         raise UsageError(f"eval_freq {hp.eval_freq}: no accuracy can be measured, {missing}")
     info = {"train": fingerprint(train_set), "test": test_set and fingerprint(test_set), "class_names": train_set.class_names}
     if checkpoint and checkpoint["data"] != info:
-        raise UsageError(f"the images of {hp.dataset} in {hp.data_dir} are not those that this run was trained on: "
-                         f"bring them back, or train under a new --exp_name")
+        raise UsageError(f"the images of {hp.dataset} in {hp.data_dir} are not those that this run was trained on (or another "
+                         f"version of Pillow decodes them otherwise): bring them back, or train under a new --exp_name")
     n_test = len(test_set.images) if test_set else 0
     say(f"* Images: {len(train_set.images)} train, {n_test} test, {len(train_set.class_names)} classes")
     return {"train": train_set, "test": test_set, "info": info}
 
 
 def fingerprint(image_set):
+    """A checksum of the images and their labels."""
     return experiment.checksum(*(tensor for tensor in image_set[:2] if tensor is not None))
 
 
 def build_encoder(hp, checkpoint):
-    """The encoder with the checkpoint's weights, or else with seeded random ones and the pretrained projection."""
+    """The encoder with the checkpoint's weights, or else with seeded random ones and the pretrained projection.
+
+    Raises UsageError if weights are missing or do not fit.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.generator(hp.seed, "init").initial_seed())
         encoder = Encoder(hp.arch, hp.h_dim, hp.z_dim, hp.activation, hp.batch_norm)
@@ -295,7 +307,8 @@ def load_strictly(module, weights, source):
 
 
 def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
-    """Train from the checkpoint (None: from the start) to hp.n_epochs; returns the last checkpoint.
+    """Train from the checkpoint (None: from the start) to hp.n_epochs; returns the last checkpoint. Raises RunError where
+    a loss, gradient or weight is not finite, and Interrupted after a signal, its checkpoint written.
 
     What a step does depends on (seed, epoch, step) and on the state alone, so that a run that was stopped and resumed
     ends with the same bits as one that was not.
@@ -304,7 +317,7 @@ def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
     pixels = images["train"].images.to(device)  # uint8 (N, 3, size, size)
     P, bs, size, n_steps = hp.n_patches, hp.bs, pixels.shape[-1], len(pixels) // hp.bs
     optimizer = build_optimizer(hp, encoder)
-    state = restore(hp, exp_dir, optimizer, checkpoint, changed)
+    state = restore(hp, exp_dir, optimizer, checkpoint, changed, n_steps, device)
     save = functools.partial(save_state, hp, exp_dir, images["info"], encoder, optimizer, state)
     content = checkpoint or save()  # a folder that can't be written is found now
     if not (exp_dir / "patches.png").exists():
@@ -332,7 +345,7 @@ def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
                 grad_norm = torch.nn.utils.get_total_norm(p.grad for p in encoder.parameters() if p.grad is not None)
                 optimizer.step()
 
-                state.step = step + 1
+                state.step, state.timed = step + 1, state.timed + 1
                 state.recent.append(torch.stack([invariance, uniformity, grad_norm]).detach())
                 if state.step % hp.print_freq == 0 or state.step == n_steps:
                     summarise(state, exp_dir, lr, P * bs, bar)
@@ -340,13 +353,12 @@ def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
                     quick_knn(hp, exp_dir, encoder, images, state, bf16)
                 if signals or time.monotonic() - state.saved_at > hp.checkpoint_every:
                     save()
-                if signals:
-                    raise Interrupted(signals[0], f"stopped at epoch {epoch} step {state.step}; go on with: "
-                                                  f"python main.py resume --exp_dir {exp_dir}")
+                raise_if(signals, exp_dir, state)
             invariance, uniformity, _ = (state.totals / state.n_totals).tolist()
             say(f"Epoch: {epoch} | Loss sim: {invariance:.5f} | Loss {hp.uniformity_loss.upper()}: {uniformity:.5f}")
             state.epoch, state.step, state.totals, state.n_totals = epoch + 1, 0, torch.zeros(3), 0
             content = save()
+            raise_if(signals, exp_dir, state)
     return content
 
 
@@ -358,23 +370,24 @@ def build_optimizer(hp, encoder):
     return LARS(params, hp.lr, momentum=0.9, weight_decay=hp.weight_decay, nesterov=True, eta=0.005, clip=True)
 
 
-def restore(hp, exp_dir, optimizer, checkpoint, changed):
+def restore(hp, exp_dir, optimizer, checkpoint, changed, n_steps, device):
     """The state of the training loop, and the optimizer's and metrics.jsonl's, as they were at the checkpoint.
 
     totals (3,): sums of invariance, uniformity and gradient norm over n_totals steps of this epoch; recent: the same
-    three, still on the device, of each step after those.
+    three, on the device, of each step after those; timed: steps since the clock of the speed was last read.
     """
     experiment.rewind_metrics(exp_dir, checkpoint)
     state = SimpleNamespace(epoch=0, step=0, totals=torch.zeros(3), n_totals=0, recent=torch.zeros(0, 3), seconds=0.0)
     if checkpoint:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})
         state = SimpleNamespace(**{key: checkpoint[key] for key in vars(state)})
-        state.step = state.step * checkpoint["hparams"]["bs"] // hp.bs  # bs edited: the same images lie behind us
+        if "bs" in changed:  # the same images lie behind us; their losses were of other batches
+            state.step = min(state.step * changed["bs"][0] // hp.bs, n_steps - 1)
+            state.totals, state.n_totals, state.recent = torch.zeros(3), 0, torch.zeros(0, 3)
         say(f"* Going on at epoch {state.epoch} step {state.step}")
     for name, (old, new) in changed.items():
-        say(f"* {name} was {old}, from here on it is {new}")
         experiment.log_metrics(exp_dir, event="changed", epoch=state.epoch, step=state.step, name=name, old=old, new=new)
-    state.recent = list(state.recent)
+    state.recent, state.timed = list(state.recent.to(device)), 0
     state.resumed_at = state.saved_at = state.summarised_at = time.monotonic()
     return state
 
@@ -416,12 +429,13 @@ def check_finite(state):
 
 def summarise(state, exp_dir, lr, patches_per_step, bar):
     """Add the steps since the last summary to the totals, and to metrics.jsonl and the screen as their mean."""
-    check_finite(state)  # the one place where the loop waits for the device
+    check_finite(state)  # reads the losses of many steps at once: the device is waited for here and not in each
     rows = torch.stack(state.recent).cpu()  # (steps, 3)
     state.totals, state.n_totals, state.recent = state.totals + rows.sum(0), state.n_totals + len(rows), []
     invariance, uniformity, grad_norm = rows.mean(0).tolist()
     now = time.monotonic()
-    speed, state.summarised_at = len(rows) * patches_per_step / (now - state.summarised_at), now
+    speed = state.timed * patches_per_step / (now - state.summarised_at)
+    state.timed, state.summarised_at = 0, now
     experiment.log_metrics(exp_dir, epoch=state.epoch, step=state.step, loss_sim=invariance, loss_uniformity=uniformity,
                            grad_norm=grad_norm, lr=lr, patches_per_second=round(speed, 1))
     text = f"sim {invariance:.4f} uniformity {uniformity:.3f} lr {lr:.4f} {speed:,.0f} patches/s"
@@ -470,23 +484,23 @@ def progress(items, desc, every):
             say(f"{desc} {done}/{len(items)}")
 
 
-def load_encoded(exp_dir, split, key):
-    """artifacts/<split>.pt, or None unless it is there, whole, and the result of these very settings and weights."""
-    path = exp_dir / "artifacts" / f"{split}.pt"
+def load_cached(path, key):
+    """The content of the file, None unless it is there, whole, and the result of these very settings and weights."""
     if not path.exists():
         return None
     try:
-        encoded = experiment.load(path)
+        content = experiment.load(path)
     except RunError as error:
-        print(f"warning: {error}; encoding again", file=sys.stderr)
+        print(f"warning: {error}: doing it again", file=sys.stderr)
         return None
-    if encoded.get("key") != key:
+    if content.get("key") != key:
         return None
-    say(f"* Loaded encoded {split} dataset from {path}")
-    return encoded
+    say(f"* Loaded {path}")
+    return content
 
 
 def encode(hp, exp_dir, encoder, image_set, split, key, bf16):
+    """Encode a split and write it to artifacts; returns what is in the file. Raises RunError if an embedding is not finite."""
     start, n, n_patches = time.monotonic(), len(image_set.images), key["test_patches"]
     path = exp_dir / "artifacts" / f"{split}.pt"
     if hp.save_proj:
@@ -496,9 +510,9 @@ def encode(hp, exp_dir, encoder, image_set, split, key, bf16):
             raise RunError(f"save_proj needs {size / 1e9:.2f} GB in {exp_dir}, more than is free there")
     pixels = image_set.images.to(next(encoder.parameters()).device)
     bar = functools.partial(progress, desc=f"encode {split}", every=hp.print_freq)
-    encoded = evaluate.encode(encoder, pixels, n_patches, hp.seed, split, hp.bs, hp.emb_pool, hp.save_proj, bf16, bar)
+    encoded = evaluate.encode(encoder, pixels, n_patches, hp.seed, split, key["bs"], hp.emb_pool, hp.save_proj, bf16, bar)
     if not encoded["embeddings"].isfinite().all():
-        raise RunError(f"embeddings of the {split} images are not finite; try precision: fp32 in hparams.yaml")
+        raise RunError(f"embeddings of the {split} images are not finite: train under a new --exp_name with --precision fp32")
     encoded |= {"key": key, "seconds": time.monotonic() - start}
     if image_set.labels is not None:
         encoded["labels"] = image_set.labels
@@ -581,6 +595,13 @@ def hold_signals():
 
     with handling(note):
         yield noted
+
+
+def raise_if(signals, exp_dir, state):
+    """Raise Interrupted if a signal was noted."""
+    if signals:
+        command = f"python main.py resume --exp_dir {shlex.quote(str(exp_dir))}"
+        raise Interrupted(signals[0], f"stopped at epoch {state.epoch} step {state.step}; go on with: {command}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import pickle
+import re
 import struct
 import tarfile
 import urllib.request
@@ -75,7 +76,7 @@ def test_augmentations_equal_torchvisions(name, ours, values):
         assert error.max() <= 18
         assert error.mean() <= 1
     else:
-        assert error.max() <= 2
+        assert error.max() <= (1e-3 if name == "solarise" else 2)
     if name in data.JITTER or name == "blur":
         exact = torch.stack([TORCHVISION[name](image / 255, value) for image, value in rows]) * 255
         torch.testing.assert_close(result, exact, rtol=0, atol=0.05)
@@ -149,14 +150,16 @@ def test_parameters_are_drawn_independently_from_the_right_distributions():
 
 
 def draw_with_torchvision(images):
-    pipeline = transforms.Compose([
-        transforms.RandomResizedCrop(32, scale=(0.25, 0.25), ratio=(1, 1)),
-        transforms.RandomHorizontalFlip(),
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.2)], 0.8),
-        transforms.RandomGrayscale(0.2),
-        transforms.RandomApply([transforms.GaussianBlur(13, (0.1, 2.0))], 0.1),
-        transforms.RandomSolarize(128, 0.1),
-    ])  # fmt: skip
+    pipeline = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(32, scale=(0.25, 0.25), ratio=(1, 1)),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.2)], 0.8),
+            transforms.RandomGrayscale(0.2),
+            transforms.RandomApply([transforms.GaussianBlur(13, (0.1, 2.0))], 0.1),
+            transforms.RandomSolarize(128, 0.1),
+        ]
+    )
     return torch.from_numpy(np.stack([pipeline(image) for image in images])).permute(0, 3, 1, 2)
 
 
@@ -171,9 +174,12 @@ def test_patches_have_the_statistics_of_torchvisions():
     textures, smooth = data.load_images("textures", "", False).images[:400].float(), pictures(200, noise=0).float()
     images = torch.cat([textures[:200], 0.6 * textures[200:] + 0.4 * smooth]).round().to(torch.uint8)
     loader = torch.utils.data.DataLoader(
-        [TF.to_pil_image(image) for image in images] * 50, batch_size=400, num_workers=2,
-        collate_fn=draw_with_torchvision, generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        [TF.to_pil_image(image) for image in images] * 50,
+        batch_size=400,
+        num_workers=2,
+        collate_fn=draw_with_torchvision,
+        generator=torch.Generator().manual_seed(0),
+    )
     theirs = torch.cat(list(loader)) / 255
     ours = torch.cat([data.sample_patches(images, 5, data.generator(0, "t", step=step)) for step in range(10)])
     assert len(theirs) == ours[:, :, 0, 0, 0].numel() == 20_000
@@ -300,12 +306,13 @@ def test_folder_resizes_crops_and_turns(tmp_path):
 def test_images_without_class_folders_have_no_labels(tmp_path):
     write_many(tmp_path / "heap" / "x", 6)
     write(tmp_path / "heap" / "7.png", np.full((8, 8, 3), 7))
+    write_many(tmp_path / "folders", 7)
     write_many(tmp_path / "beside" / "train", 6)
     write(tmp_path / "beside" / "train" / "7.png", np.full((8, 8, 3), 7))
     for split, n in [("train", 7), ("test", 2)]:
         for i in range(n):
             write(tmp_path / "one class" / split / "a" / f"{i}.png", np.zeros((8, 8, 3)))
-    for root in ("heap", "beside", "one class"):
+    for root in ("heap", "folders", "beside", "one class"):
         images, labels, class_names = data.load_images("folder", tmp_path / root, True)
         assert (len(images), labels, class_names) == (7, None, []), root
     assert data.load_images("folder", tmp_path / "heap", False) is None
@@ -321,11 +328,10 @@ def test_a_link_to_the_parent_folder_is_not_followed(tmp_path):
 
 
 def test_what_can_not_be_loaded_is_named(tmp_path):
-    with pytest.raises(UsageError, match="missing"):
-        data.load_images("folder", tmp_path / "missing", True)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="empty"):
-        data.load_images("folder", tmp_path / "empty", True)
+    for name in ("missing", "empty"):
+        with pytest.raises(UsageError, match=re.escape(str(tmp_path / name))):
+            data.load_images("folder", tmp_path / name, True)
     write_many(tmp_path / "full" / "train", 4)
     write(tmp_path / "full" / "test" / "a" / "1.png", np.zeros((8, 8, 3)))
     write(tmp_path / "full" / "test" / "unheard-of" / "1.png", np.zeros((8, 8, 3)))

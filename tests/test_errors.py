@@ -59,6 +59,7 @@ def test_wrong_usage(argv):
     ("argv", "words"),
     [
         (["--uniformity_loss", "vonmises", "--bs", "1"], ("bs", "at least 2")),
+        (["--n_patches", "1", "--bs", "1"], ("bs 1", "n_patches 1")),
         (["--dataset", "folder", "--image_size", "33"], ("image_size", "even", "33")),
         (["--dataset", "textures", "--image_size", "64"], ("image_size 64", "folder")),
         (["--dataset", "textures", "--n_images", "5000"], ("n_images 5000", "4000")),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, RUN, contents, run
+from conftest import ROOT, RUN, contents, edit, run
 
 import experiment
 
@@ -37,7 +37,9 @@ sys.exit(main.main(sys.argv[4:]))
     [
         ("data", "sample_patches", 5),  # training (call 1 draws patches.png): the middle of epoch 0
         ("experiment", "log_metrics", 4),  # the end of epoch 1, its losses not yet written
-        ("torch", "save", 7),  # writing the checkpoint of epoch 0
+        ("torch", "save", 3),  # writing last.pt after step 2
+        ("torch", "save", 8),  # writing 0.pt
+        ("torch", "save", 9),  # 0.pt written, last.pt not
         ("evaluate", "encode", 1),  # between the stages
         ("evaluate", "encode", 2),  # train encoded, test not
         ("evaluate", "accuracy", 2),  # in the probe
@@ -79,6 +81,46 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on
         assert ours[name] == undisturbed[name]
 
 
+def test_a_signal_while_the_last_checkpoint_is_written_is_not_lost(tiny, finished, tmp_path, monkeypatch):
+    save = experiment.save
+
+    def save_and_signal(path, content):
+        save(path, content)
+        if path.name == "1.pt":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(experiment, "save", save_and_signal)
+    result = run(*tiny, "--log_folder", tmp_path)
+    assert result.code == 143
+    assert "Encoding" not in result.out
+    monkeypatch.undo()
+    assert run("resume", "--exp_dir", tmp_path / RUN).code == 0
+    assert contents(tmp_path / RUN) == contents(finished)
+
+
+def test_a_second_signal_leaves_at_once(tiny, tmp_path):
+    code = (
+        "import main, os, signal, sys, data; f = data.sample_patches; n = []\n"
+        "def g(*a):\n n.append(1)\n if len(n) == 4:\n  [os.kill(os.getpid(), signal.SIGTERM) for _ in 'ab']\n return f(*a)\n"
+        "data.sample_patches = g; sys.exit(main.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *tiny, "--log_folder", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "")
+    assert experiment.load(tmp_path / RUN / "checkpoints" / "last.pt")["step"] == 2  # of the step before
+
+
+def test_a_probe_that_was_killed_between_its_files_is_fitted_again(finished, tmp_path, monkeypatch):
+    exp_dir = shutil.copytree(finished, tmp_path / "run")
+    edit(exp_dir, eval_lr=0.1)
+    monkeypatch.setattr(experiment, "write_json", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    assert run("resume", "--exp_dir", exp_dir).code == 143
+    monkeypatch.undo()
+    edit(exp_dir, eval_lr=0.0075)
+    assert run("resume", "--exp_dir", exp_dir).code == 0
+    assert contents(exp_dir) == contents(finished)
+
+
 def test_a_signal_outside_training_stops_too(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("evaluate.encode", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
     result = run(*tiny, "--log_folder", tmp_path)
@@ -114,6 +156,6 @@ def test_no_readable_checkpoint_is_an_error_and_nothing_is_lost(finished, tmp_pa
 def test_damaged_results_are_computed_again(finished, tmp_path, name):
     exp_dir = shutil.copytree(finished, tmp_path / "run")
     path = exp_dir / name
-    path.unlink() if name == "probe.pt" else path.write_bytes(path.read_bytes()[:-100])
+    path.write_bytes(path.read_bytes()[:-100])
     assert run("resume", "--exp_dir", exp_dir).code == 0
     assert contents(exp_dir) == contents(finished)

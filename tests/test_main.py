@@ -1,6 +1,7 @@
 """The program as its users run it: stages, what resume does with an edited hparams.yaml, options, cleanup."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,8 +13,11 @@ import yaml
 from conftest import ROOT, RUN, contents, edit, fingerprints, run, write_images
 from PIL import Image
 
+import data
 import experiment
+import loss
 import main
+from lars import LARS
 from model import Encoder
 
 
@@ -127,8 +131,9 @@ def test_an_encode_setting_encodes_and_probes_again(copy, change):
     assert ("features" in encoded) == ("save_proj" in change)
 
 
-def test_more_epochs_train_on_from_the_last_checkpoint(copy, tiny, tmp_path):
+def test_more_epochs_train_on_from_the_last_checkpoint(copy):
     old = {name: value for name, value in contents(copy).items() if name in ("checkpoints/0.pt", "checkpoints/1.pt")}
+    encoder = contents(copy)["linear_accuracy.json"]["key"]["encoder"]
     edit(copy, n_epochs=3)
     result = run("resume", "--exp_dir", copy)
     assert result.code == 0, result.err
@@ -138,7 +143,7 @@ def test_more_epochs_train_on_from_the_last_checkpoint(copy, tiny, tmp_path):
     new = contents(copy)
     assert {name: new[name] for name in old} == old
     assert experiment.load(copy / "checkpoints" / "last.pt")["epoch"] == 3
-    assert new["linear_accuracy.json"]["key"]["encoder"] != contents(tmp_path / "renamed")["checkpoints/1.pt"]["encoder"]
+    assert new["linear_accuracy.json"]["key"]["encoder"] != encoder
 
 
 @pytest.mark.parametrize(
@@ -151,7 +156,7 @@ def test_more_epochs_train_on_from_the_last_checkpoint(copy, tiny, tmp_path):
         ({"seed": 1}, ("seed is 1", "seed 42")),
         ({"lr": 0.2}, ("lr is 0.2", "lr 0.3", "no effect")),
         ({"n_patches": 5}, ("n_patches is 5", "n_patches 2", "no effect")),
-        ({"n_epochs": 1}, ("n_epochs is 1", "epoch 2", "only be raised")),
+        ({"n_epochs": 1}, ("n_epochs is 1", "epoch 2", "raise it")),
     ],
 )
 def test_what_the_weights_rule_out_is_refused(copy, change, words):
@@ -162,6 +167,29 @@ def test_what_the_weights_rule_out_is_refused(copy, change, words):
     assert result.err.count("\n") == 1
     assert all(word in result.err for word in words), result.err
     assert fingerprints(copy) == before
+
+
+def test_more_epochs_after_none_at_all(tiny, finished, tmp_path):
+    trained_with("--n_epochs", "0", tiny=tiny, tmp_path=tmp_path)
+    edit(tmp_path / RUN, n_epochs=2)
+    assert run("resume", "--exp_dir", tmp_path / RUN).code == 0
+    ours, undisturbed = contents(tmp_path / RUN), contents(finished)
+    assert ours["metrics.jsonl"][0]["event"] == "changed"
+    assert ours["checkpoints/last.pt"] == undisturbed["checkpoints/last.pt"]
+    assert ours["linear_accuracy.json"] == undisturbed["linear_accuracy.json"]
+
+
+def test_bs_edited_within_an_epoch(copy, tiny):
+    """After 4 of 6 steps of 4 images, bs 5 goes on at step 3 of 4: 15 of the 16 images lie behind it."""
+    last = copy / "checkpoints" / "last.pt"
+    content = experiment.load(copy / "checkpoints" / "0.pt")
+    experiment.save(last, {**content, "step": 4})
+    (copy / "checkpoints" / "1.pt").unlink()
+    edit(copy, bs=5)
+    result = run("resume", "--exp_dir", copy)
+    assert result.code == 0, result.err
+    assert "Going on at epoch 1 step 3" in result.out
+    assert "nan" not in result.out
 
 
 def test_a_training_setting_edited_on_the_way_is_used_and_recorded(copy):
@@ -210,6 +238,9 @@ def test_train_again_goes_on_says_what_differs_and_starts_over_only_when_told(ti
     result = run(*again, "--eval_lr", "0.5", "--h_dim", "16")
     assert (result.code, fingerprints(exp_dir)) == (2, before)
 
+    result = run(*again, "--no-resume", "--data_dir", tmp_path / "none")  # an error moves nothing aside
+    assert (result.code, fingerprints(exp_dir)) == (2, before)
+
     result = run(*again, "--no-resume", "--h-dim", "16")
     assert result.code == 0
     assert {path.relative_to(exp_dir): value for path, value in before.items()} == {
@@ -229,6 +260,45 @@ def test_config_from_another_run(finished, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optimizer": "sgd", "lr": 0.01, "weight_decay": 0.1},
+        {"uniformity_loss": "vonmises", "uniformity_loss_weight": 30.0},
+        {"tcr_eps": 0.5, "invariance_loss_weight": 3.0, "weight_decay": 0.5, "n_patches": 3, "seed": 7},
+    ],
+)
+def test_training_is_what_a_plain_loop_does(tiny, tmp_path, options):
+    """Two epochs of three steps, written out with torch's SGD or our LARS, from the images and the seed alone."""
+    argv = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    trained_with(*argv, "--n_images", "13", tiny=tiny, tmp_path=tmp_path)
+    exp_dir = next(tmp_path.glob("default__*"))
+    hp = experiment.read_hparams(exp_dir)
+    assert options.items() <= vars(hp).items()
+    train_set = data.load_images("folder", hp.data_dir, True, 16)
+    subset = data.balanced_subset(train_set.labels, 24, 13, data.generator(hp.seed, "subset"))
+    pixels, encoder = train_set.images[subset], main.build_encoder(hp, None).to(memory_format=torch.channels_last)
+    if hp.optimizer == "sgd":
+        optimizer = torch.optim.SGD(encoder.parameters(), 1, momentum=0.9, nesterov=True, weight_decay=hp.weight_decay)
+    else:
+        settings = {"momentum": 0.9, "nesterov": True, "weight_decay": hp.weight_decay, "eta": 0.005, "clip": True}
+        optimizer = LARS(encoder.parameters(), 1, **settings)
+    for t in range(6):
+        epoch, step = divmod(t, 3)
+        optimizer.param_groups[0]["lr"] = hp.lr * (1 + math.cos(math.pi * t / 6)) / 2
+        batch = torch.randperm(13, generator=data.generator(hp.seed, "order", epoch))[4 * step : 4 * step + 4]
+        x = data.sample_patches(pixels[batch], hp.n_patches, data.generator(hp.seed, "patches", epoch, step), 16)
+        z = encoder(x.flatten(0, 1))[1].view(hp.n_patches, 4, 4)
+        invariance = loss.invariance_loss(z)  # first: in what order autograd adds gradients decides their last bits
+        uniformity = loss.vonmises_loss(z) if hp.uniformity_loss == "vonmises" else loss.tcr_loss(z, hp.tcr_eps)
+        optimizer.zero_grad()
+        (hp.invariance_loss_weight * invariance + hp.uniformity_loss_weight * uniformity).backward()
+        optimizer.step()
+    trained = experiment.load(exp_dir / "checkpoints" / "last.pt")["encoder"]
+    assert all(torch.equal(trained[name], value) for name, value in encoder.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -294,6 +364,7 @@ def test_precision_auto_and_unknown_devices(monkeypatch, tmp_path):
     cpu = torch.device("cpu")
     assert main.pick_precision("auto", cpu) in ("fp32", "bf16")
     assert [main.pick_precision(name, cpu) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
+    monkeypatch.setattr(main.os.path, "exists", lambda path: True)
     for flags, expected in (("fpu avx2 avx512f", "fp32"), ("avx512f avx512_bf16", "bf16")):
         monkeypatch.setattr(main.Path, "read_text", lambda self, flags=flags: f"flags : {flags}\n")
         assert main.pick_precision("auto", cpu) == expected
