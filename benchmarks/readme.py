@@ -71,9 +71,9 @@ def render(text):
     """README.md with each generated part made anew."""
     parts = {"options": options, "demo": lambda: accuracy("demo"), "cifar10-jpeg": lambda: accuracy("cifar10-jpeg")}
     for name, part in parts.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         assert pattern.search(text), f"README.md has no part {name}"
-        text = pattern.sub(lambda match, part=part: match[1] + part() + match[2], text)
+        text = pattern.sub(lambda match, part=part: match[1] + part() + "\n" + match[2], text)
     return text
 
 
