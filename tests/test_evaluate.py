@@ -87,7 +87,7 @@ def test_linear_probe_equals_steps_written_out():
 def test_accuracy_counts_every_row():
     layer = torch.nn.Identity()
     logits = torch.eye(7)[[0, 1, 2, 3, 4, 5, 6]] + 0.01 * torch.arange(7.0, 0, -1)  # second choices: 0, 1, 2, ...
-    assert accuracy(layer, logits, torch.tensor([0, 1, 2, 6, 0, 0, 0])) == pytest.approx([100 * 3 / 7, 100 * 6 / 7])
+    assert accuracy(layer, logits, torch.tensor([0, 1, 2, 6, 0, 0, 6])) == pytest.approx([100 * 4 / 7, 100 * 6 / 7])
 
 
 def test_knn_equals_a_plain_loop():

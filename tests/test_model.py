@@ -21,6 +21,17 @@ def test_shapes_and_unit_vectors(arch):
         torch.testing.assert_close(z.norm(dim=1), torch.ones(3))
 
 
+@pytest.mark.parametrize(("arch", "stem", "last"), [
+    ("resnet18-cifar", 32, 4), ("resnet18-mini", 32, 8), ("resnet18-tiny", 32, 16), ("resnet18-imagenet", 8, 1),
+])  # fmt: skip
+def test_resolution_after_the_stem_and_before_the_pooling(arch, stem, last):
+    seen, backbone = [], build_backbone(arch)[0]
+    for module in (backbone.layer1, backbone.avgpool):
+        module.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2:]))
+    backbone(torch.randn(2, 3, 32, 32))
+    assert seen == [(stem, stem), (last, last)]
+
+
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("arch", ["resnet18-imagenet", "resnet18-tinyimagenet"])
 def test_torchvision_loads_the_imagenet_backbone_strictly_and_computes_the_same(arch, size):
