@@ -12,7 +12,7 @@ DEMO = --arch resnet18-imagenet --n_patches 8 --n_epochs 1 --bs 25 --n_images 20
 
 test: .venv/installed
 	$(BIN)/python -m pip install -q pytest
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest
 
 lint: .venv/installed
 	$(BIN)/python -m pip install -q ruff
