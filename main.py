@@ -109,12 +109,15 @@ def canonical(arg):
     return "--" + re.sub("^no_", "no-", name[2:].replace("-", "_")) + equals + value if name.startswith("--") else arg
 
 
+def hyperparameters(args):
+    """The hyperparameters of a train command: what it gives, else those of --config_from, else the defaults."""
+    base = vars(experiment.read_hparams(args.config_from)) if args.config_from else {}
+    values = {param.name: getattr(args, param.name, base.get(param.name, param.default)) for param in PARAMS}
+    return experiment.validate(values, "command line")
+
+
 def train_command(args):
-    given = {param.name: getattr(args, param.name) for param in PARAMS if hasattr(args, param.name)}
-    base = {param.name: param.default for param in PARAMS}
-    if args.config_from:
-        base = vars(experiment.read_hparams(args.config_from))
-    hp = experiment.validate({**base, **given}, "command line")
+    hp = hyperparameters(args)
     exp_dir = Path(args.log_folder) / f"{args.exp_name}__numpatch{hp.n_patches}_bs{hp.bs}_lr{hp.lr:g}"
     if args.config_from and exp_dir.resolve() == Path(args.config_from).resolve():
         raise UsageError(f"{exp_dir} is the run folder that --config_from names: give the new experiment an --exp_name")

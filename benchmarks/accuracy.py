@@ -58,9 +58,8 @@ def one_run(argv, seed, **more):
 
 def raw_pixels(argv, data_dir):
     """Top-1 of the linear probe on the pixels themselves, in [-1, 1], for the better of two learning rates."""
-    args = main.parse(["train", *argv, "--data_dir", data_dir])
-    given = {param.name: getattr(args, param.name, param.default) for param in experiment.PARAMS}
-    images = main.load_data(experiment.validate(given, "benchmark"), None)
+    hp = main.hyperparameters(main.parse(["train", *argv, "--data_dir", data_dir]))
+    images = main.load_data(hp, None)
     tensors = []
     for split in ("train", "test"):
         tensors += [images[split].images.flatten(1) / 127.5 - 1, images[split].labels]
