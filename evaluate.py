@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import generator, sample_patches
+from data import generator, sample_patches, to_device
+from model import fold_batch_norm
 
 
 @torch.inference_mode()
@@ -15,28 +16,30 @@ def encode(
 ):
     """The bag of patches: each image's representation is the mean over n_patches random patches of h, or of z.
 
-    encoder: a model.Encoder, used in eval mode and left in the mode it was in. images: uint8 (N, 3, H, W), on the
-    encoder's device. seed, split and bs: what the patches depend on. emb_pool: "features" (h) or "proj" (z).
-    progress: wraps the sequence of batches. Returns a dict of CPU tensors: embeddings float32 (N, h_dim or z_dim) and,
-    with save_proj, features float16 (N, n_patches, h_dim) and projections float16 (N, n_patches, z_dim).
+    encoder: a model.Encoder, used as in eval mode and left as it was. images: uint8 (N, 3, H, W), on the encoder's
+    device. seed, split and bs: what the patches depend on. emb_pool: "features" (h) or "proj" (z). bf16: weights and
+    activations in bfloat16. progress: wraps the sequence of batches. Returns a dict of CPU tensors: embeddings float32
+    (N, h_dim or z_dim) and, with save_proj, features float16 (N, n_patches, h_dim) and projections float16
+    (N, n_patches, z_dim).
     Source: arXiv 2304.03977, section 2.2 (bag-of-feature representation).
     """
-    was_training, size = encoder.training, images.shape[-1]
-    encoder.eval()
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    encoder = fold_batch_norm(encoder).to(dtype, memory_format=torch.channels_last)
     N, embeddings, encoded = len(images), [], {}
     for step in progress(range(math.ceil(N / bs))):
         rows = slice(step * bs, (step + 1) * bs)
-        x = sample_patches(images[rows], n_patches, generator(seed, f"encode-{split}", step=step), size)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            h, z = encoder(x.flatten(0, 1))
-        h, z = (tensor.float().unflatten(0, x.shape[:2]) for tensor in (h, z))  # (P, B, h_dim), (P, B, z_dim)
-        embeddings.append((h if emb_pool == "features" else z).mean(0).cpu())
-        for name, patches in {"features": h, "projections": z}.items() if save_proj else ():
+        x = sample_patches(images[rows], n_patches, generator(seed, f"encode-{split}", step=step), images.shape[-1])
+        h = encoder.features(encoder.backbone(x.flatten(0, 1).to(dtype, memory_format=torch.channels_last)))
+        patches = {"features": h}
+        if save_proj or emb_pool == "proj":  # a third of the work of resnet18-imagenet
+            patches["projections"] = F.normalize(encoder.projection(h).float(), dim=-1)
+        patches = {name: tensor.float().unflatten(0, x.shape[:2]) for name, tensor in patches.items()}  # (P, B, dim)
+        embeddings.append(patches["features" if emb_pool == "features" else "projections"].mean(0))
+        for name, tensor in patches.items() if save_proj else ():
             if name not in encoded:
-                encoded[name] = torch.empty(N, n_patches, patches.shape[-1], dtype=torch.float16)
-            encoded[name][rows] = patches.transpose(0, 1)
-    encoder.train(was_training)
-    return {"embeddings": torch.cat(embeddings), **encoded}
+                encoded[name] = torch.empty(N, n_patches, tensor.shape[-1], dtype=torch.float16)
+            encoded[name][rows] = tensor.transpose(0, 1)
+    return {"embeddings": torch.cat(embeddings).cpu(), **encoded}
 
 
 def linear_probe(x, y, x_test, y_test, n_classes, lr=0.0075, n_epochs=100, bs=100, weight_decay=5e-5, seed=0, progress=iter):
@@ -46,19 +49,22 @@ def linear_probe(x, y, x_test, y_test, n_classes, lr=0.0075, n_epochs=100, bs=10
     result holds percentages: top1 and top5 of the last epoch, best_top1 and its best_epoch (counted from 0; chosen on
     the test set, so no fair estimate), and per_epoch, a list of [top1, top5].
     """
-    layer = nn.Linear(x.shape[1], n_classes, device=x.device)
-    nn.init.zeros_(layer.weight)  # the problem is convex: no random start is needed
-    nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_epochs)
+    layer = nn.Linear(x.shape[1], n_classes, device=x.device).requires_grad_(False)
+    W, b = (nn.init.zeros_(p) for p in layer.parameters())  # the problem is convex: no random start is needed
+    W_buffer, b_buffer = torch.zeros_like(W), torch.zeros_like(b)
+    target, rows = F.one_hot(y, n_classes).to(x.dtype), torch.empty_like(x[:bs])
     per_epoch = []
     for epoch in progress(range(n_epochs)):
-        order = torch.randperm(len(x), generator=generator(seed, "probe", epoch)).to(x.device)
+        step_lr = lr / 2 * (1 + math.cos(math.pi * epoch / n_epochs))
+        order = to_device(torch.randperm(len(x), generator=generator(seed, "probe", epoch)), x.device)
         for batch in order.split(bs):
-            optimizer.zero_grad()
-            F.cross_entropy(layer(x[batch]), y[batch]).backward()
-            optimizer.step()
-        schedule.step()
+            # The gradient of softmax regression, written out: autograd and torch.optim take 2x as long for so little work.
+            batch_x = torch.index_select(x, 0, batch, out=rows[: len(batch)])
+            error = (batch_x @ W.T).add_(b).softmax(1).sub_(target[batch]).div_(len(batch))  # (bs, n_classes)
+            W_buffer.addmm_(error.T, batch_x, beta=0.9).add_(W, alpha=weight_decay)
+            b_buffer.mul_(0.9).add_(error.sum(0)).add_(b, alpha=weight_decay)
+            W.add_(W_buffer, alpha=-step_lr)
+            b.add_(b_buffer, alpha=-step_lr)
         per_epoch.append(accuracy(layer, x_test, y_test))
     best_epoch = max(range(n_epochs), key=lambda epoch: per_epoch[epoch][0])
     top1, top5 = per_epoch[-1]

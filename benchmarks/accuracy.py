@@ -67,11 +67,11 @@ def raw_pixels(argv, data_dir):
     return max(evaluate.linear_probe(*tensors, n_classes, lr=lr)[0]["top1"] for lr in (7.5e-3, 7.5e-4))
 
 
-def machine():
+def machine(device="auto"):
     model = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
         model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    device = main.pick_device("auto")
+    device = main.pick_device(device)
     return {
         "processor": model,
         "cores": os.cpu_count(),

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import experiment
 import main
 
 ROOT = Path(main.__file__).parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU; subprocesses inherit it
 
 
@@ -26,6 +28,13 @@ def write_images(folder, n, seed):
         stripes = (np.arange(16) // 2 % 2 * 120)[:, None, None]
         pixels += stripes if folder.name == "across" else stripes.transpose(1, 0, 2)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The cache folder: not the user's own."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    return Path(os.environ["XDG_CACHE_HOME"], "emp-ssl")
 
 
 @pytest.fixture(scope="session")
@@ -67,14 +76,17 @@ def finished(tiny, tmp_path_factory):
     return logs / RUN
 
 
+MEASURED = ("seconds", "patches_per_second", "peak_memory", "metrics_bytes")
+
+
 def contents(exp_dir):
-    """Everything in a run folder but times, comparable with ==: tensors as their bytes."""
+    """Everything in a run folder but times and memory, comparable with ==: tensors as their bytes."""
 
     def plain(value):
         if isinstance(value, torch.Tensor):
             return value.dtype, value.shape, experiment.checksum(value)
         if isinstance(value, dict):
-            return {key: plain(v) for key, v in value.items() if key not in ("seconds", "patches_per_second", "metrics_bytes")}
+            return {key: plain(v) for key, v in value.items() if key not in MEASURED}
         return [plain(v) for v in value] if isinstance(value, list) else value
 
     read = {

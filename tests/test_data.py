@@ -1,5 +1,6 @@
 import hashlib
 import io
+import os
 import pickle
 import re
 import struct
@@ -54,12 +55,16 @@ TORCHVISION = {
 }
 
 
+def mapped(operation):
+    return lambda x, factor: data.map_colours(x, *data.colour_map(torch.tensor(operation), factor))
+
+
 @pytest.mark.parametrize(
     ("name", "ours", "values"),
     [
-        ("brightness", data.adjust_brightness, FACTORS),
-        ("contrast", data.adjust_contrast, FACTORS),
-        ("saturation", data.adjust_saturation, FACTORS),
+        ("brightness", mapped(data.BRIGHTNESS), FACTORS),
+        ("contrast", mapped(data.CONTRAST), FACTORS),
+        ("saturation", mapped(data.SATURATION), FACTORS),
         ("hue", data.adjust_hue, SHIFTS),
         ("grey", lambda x, _: data.greyscale(x), [0.0]),
         ("blur", data.gaussian_blur, [0.1, 0.3, 0.7, 1.0, 1.4, 2.0]),
@@ -84,13 +89,14 @@ def test_augmentations_equal_torchvisions(name, ours, values):
 
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (40, 28, 32), (64, 64, 32), (96, 80, 32)])
 def test_crops_equal_torchvisions(height, width, size, monkeypatch):
-    monkeypatch.setattr(data, "augment", lambda x, params: x)
+    monkeypatch.setattr(data, "augment", lambda x, params, n_by_turn: x)
     images = pictures(5, height, width)
     patches = (data.sample_patches(images, 6, data.generator(0, "t"), size).flatten(0, 1) + 1) * 127.5
     params = data.sample_params(30, height, width, data.generator(0, "t"))
     for i, patch in enumerate(patches):
         box = int(params["top"][i]), int(params["left"][i]), height // 2, width // 2
-        torch.testing.assert_close(patch, through_pil(TF.resized_crop, images[i % 5], *box, [size, size]), rtol=0, atol=2)
+        expected = through_pil(TF.resized_crop, images[i % 5], *box, [size, size])
+        torch.testing.assert_close(patch, expected.flip(-1) if params["flip"][i] else expected, rtol=0, atol=2)
 
 
 def test_patches_equal_a_plain_loop_over_pil_images(monkeypatch):
@@ -357,6 +363,38 @@ def test_one_unreadable_image_in_a_hundred_is_left_out_and_two_are_an_error(tmp_
     cut.write_bytes(cut.read_bytes()[:-30])
     with pytest.raises(RunError, match="2 of 100"):
         data.load_images("folder", tmp_path, True)
+
+
+def test_many_images_are_decoded_once(tmp_path, monkeypatch, capsys, cache):
+    """The second time they come from the cache folder, unless a file changed or the cache is damaged."""
+    monkeypatch.setattr(data, "MANY", 4)
+    write_many(tmp_path / "train", 120)
+    (tmp_path / "train" / "a" / "030.png").write_bytes(b"not an image")
+    decoded = []
+    decode = data.decode
+    monkeypatch.setattr(data, "decode", lambda *args: decoded.append(args) or decode(*args))
+
+    def load():
+        images, _, class_names = data.load_images("folder", tmp_path, True)
+        assert images[:, 0, 0, 0].tolist() == [i for i in range(120) if i not in (7, 30)] + [7] * ("c" in class_names)
+        assert "030.png" in capsys.readouterr().err
+        return len(decoded)
+
+    (tmp_path / "train" / "a" / "007.png").unlink()
+    assert [load(), load()] == [1, 1]
+    write(tmp_path / "train" / "c" / "999.png", np.full((8, 8, 3), 7))
+    assert [load(), load()] == [2, 2]
+    before = set(cache.iterdir())
+    os.utime(tmp_path / "train" / "b" / "100.png", (1, 1))
+    assert [load(), load()] == [3, 3]
+    assert set(cache.iterdir()) == before  # in the place of the old one
+    for path in cache.iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    assert [load(), load()] == [4, 4]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "train" / "b" / "100.png"))  # no folder can be made there
+    images = data.load_images("folder", tmp_path, True).images
+    assert len(images) == 119
+    assert "not kept" in capsys.readouterr().err
 
 
 def test_an_image_with_odd_exif_does_no_harm(tmp_path):

@@ -1,3 +1,4 @@
+import baseline
 import pytest
 import torch
 
@@ -21,7 +22,8 @@ def plain_lars(params, grads, lr, buffers, momentum, weight_decay, nesterov, eta
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_ten_steps_equal_the_plain_computation(nesterov, clip, weight_decay):
+@pytest.mark.parametrize("LARS", [LARS, baseline.LARS], ids=["ours", "baseline"])
+def test_ten_steps_equal_the_plain_computation(LARS, nesterov, clip, weight_decay):
     random = torch.Generator().manual_seed(0)
     shapes = [(4, 3), (4,), (2, 3, 3, 3), (5, 2), (3, 3), (1,)]
     start = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]

@@ -1,5 +1,6 @@
 import math
 
+import baseline
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,11 @@ def plain_vonmises(z):
         (lambda z: tcr_loss(z, eps=0.05), lambda z: plain_tcr(z, 0.05)),
         (invariance_loss, plain_invariance),
         (vonmises_loss, plain_vonmises),
+        (baseline.tcr_loss, lambda z: plain_tcr(z, 0.2)),
+        (baseline.invariance_loss, plain_invariance),
+        (baseline.vonmises_loss, plain_vonmises),
     ],
-    ids=["tcr", "tcr eps .05", "invariance", "vonmises"],
+    ids=["tcr", "tcr eps .05", "invariance", "vonmises", "baseline tcr", "baseline invariance", "baseline vonmises"],
 )
 def test_equals_the_plain_formula_in_float64(ours, plain, shape):
     y = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -299,6 +300,60 @@ def test_training_is_what_a_plain_loop_does(tiny, tmp_path, options):
         optimizer.step()
     trained = experiment.load(exp_dir / "checkpoints" / "last.pt")["encoder"]
     assert all(torch.equal(trained[name], value) for name, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("uniformity_loss", ["tcr", "vonmises"])
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_step_never_waits_for_the_device(device, uniformity_loss, monkeypatch):
+    """The device "meta" has no values that could be read; on the CPU, what reads one is forbidden."""
+
+    def refuse(*args):
+        raise AssertionError("a value was read")
+
+    if device == "meta":
+        monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # which there is none of on meta
+    hp = main.hyperparameters(main.parse(f"train --n_patches 3 --h_dim 8 --z_dim 4 --uniformity_loss {uniformity_loss}".split()))
+    for arch in ("resnet18-tiny", "resnet18-imagenet"):
+        encoder = Encoder(arch, 8, 4).to(device)
+        optimizer = main.build_optimizer(hp, encoder)
+        images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device=device)
+        with monkeypatch.context() as patch:
+            for name in ("item", "__bool__", "__float__", "__int__", "numpy"):
+                patch.setattr(torch.Tensor, name, refuse)
+            metrics = [main.train_step(hp, encoder, optimizer, images, data.generator(0, "t", step=i), False) for i in range(2)]
+        assert metrics[1].device.type == device
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.zeros(2, device="meta").sum().item()
+
+
+def test_the_memory_of_a_step_is_told_before_and_warned_of(tiny, finished, tmp_path, monkeypatch):
+    """What autograd keeps of a patch, counted by hand for an encoder without a backbone; and the lines about it."""
+    encoder = Encoder("resnet18-tiny", h_dim=32, z_dim=16, activation="tanh")
+    encoder.backbone = torch.nn.Flatten()
+    encoder.features[0] = torch.nn.Linear(3 * 16 * 16, 32)
+    pixels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    state = {name: value.clone() for name, value in encoder.state_dict().items()}
+    patch = main.saved_bytes(encoder, 7, pixels, False) - main.saved_bytes(encoder, 6, pixels, False)
+    # The input of each layer, the output of tanh, which is the next one's input, and the norm of z and its clamp.
+    assert 4 * (768 + 4 * 32 + 16) <= patch <= 4 * (768 + 4 * 32 + 2 * 16 + 4)
+    assert all(torch.equal(state[name], value) for name, value in encoder.state_dict().items())
+    result = run(*tiny, "--log_folder", tmp_path)
+    assert re.search(r"^\* Memory: about \d+\.\d GB for a step of 8 patches; \d+\.\d GB are there$", result.out, re.M)
+    assert re.search(r"^memory           [1-9]?\d\.\d\d GB at most", result.out, re.M)
+    assert result.err == ""
+    monkeypatch.setattr(main, "saved_bytes", lambda encoder, n_patches, pixels, bf16: n_patches * 10**12)
+    result = run(*tiny, "--log_folder", tmp_path, "--exp_name", "huge", "--n_epochs", "0")
+    assert "about 12800.0 GB for a step of 8 patches" in result.out
+    assert "lower bs or n_patches" in result.err
+
+
+def test_compile_trains_the_same_weights(tiny, finished, tmp_path, monkeypatch):
+    """Without the compiler, which takes a minute: what is compiled is called, and its weights are the checkpoint's."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or torch.nn.ModuleList([module])[0])
+    trained_with("--compile", tiny=tiny, tmp_path=tmp_path)
+    assert [type(module) for module in compiled] == [Encoder]
+    assert contents(tmp_path / RUN)["artifacts/train.pt"] == contents(finished)["artifacts/train.pt"]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,7 @@
 import re
-import sys
 
-from conftest import ROOT, run
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import readme
+from conftest import ROOT, run
 
 TEXT = (ROOT / "README.md").read_text()
 
