@@ -42,17 +42,21 @@ def encode(
     return {"embeddings": torch.cat(embeddings).cpu(), **encoded}
 
 
-def linear_probe(x, y, x_test, y_test, n_classes, lr=0.0075, n_epochs=100, bs=100, weight_decay=5e-5, seed=0, progress=iter):
+def linear_probe(
+    x, y, x_test, y_test, n_classes, lr=0.0075, n_epochs=100, bs=100, weight_decay=5e-5, seed=0, bf16=False, progress=iter
+):
     """Fit one linear layer to x (N, d), y (N,) and score it on every row of x_test (M, d), y_test (M,) after each epoch.
 
-    SGD with momentum .9, cosine over n_epochs; all tensors on one device, x float32, y int64. Returns (result, layer):
-    result holds percentages: top1 and top5 of the last epoch, best_top1 and its best_epoch (counted from 0; chosen on
-    the test set, so no fair estimate), and per_epoch, a list of [top1, top5].
+    SGD with momentum .9, cosine over n_epochs; all tensors on one device, x float32, y int64. bf16: the two matrix products
+    of a step in bfloat16, weights and scores in float32 all the same. Returns (result, layer): result holds percentages:
+    top1 and top5 of the last epoch, best_top1 and its best_epoch (counted from 0; chosen on the test set, so no fair
+    estimate), and per_epoch, a list of [top1, top5].
     """
     layer = nn.Linear(x.shape[1], n_classes, device=x.device).requires_grad_(False)
     W, b = (nn.init.zeros_(p) for p in layer.parameters())  # the problem is convex: no random start is needed
     W_buffer, b_buffer = torch.zeros_like(W), torch.zeros_like(b)
-    target, rows = F.one_hot(y, n_classes).to(x.dtype), torch.empty_like(x[:bs])
+    target, x = F.one_hot(y, n_classes).float(), x.bfloat16() if bf16 else x
+    rows = torch.empty_like(x[:bs])
     per_epoch = []
     for epoch in progress(range(n_epochs)):
         step_lr = lr / 2 * (1 + math.cos(math.pi * epoch / n_epochs))
@@ -60,9 +64,10 @@ def linear_probe(x, y, x_test, y_test, n_classes, lr=0.0075, n_epochs=100, bs=10
         for batch in order.split(bs):
             # The gradient of softmax regression, written out: autograd and torch.optim take 2x as long for so little work.
             batch_x = torch.index_select(x, 0, batch, out=rows[: len(batch)])
-            error = (batch_x @ W.T).add_(b).softmax(1).sub_(target[batch]).div_(len(batch))  # (bs, n_classes)
-            W_buffer.addmm_(error.T, batch_x, beta=0.9).add_(W, alpha=weight_decay)
-            b_buffer.mul_(0.9).add_(error.sum(0)).add_(b, alpha=weight_decay)
+            logits = (batch_x @ W.to(x.dtype).T).float().add_(b)  # (bs, n_classes)
+            error = logits.softmax(1).sub_(target[batch])
+            W_buffer.mul_(0.9).add_(error.to(x.dtype).T @ batch_x, alpha=1 / len(batch)).add_(W, alpha=weight_decay)
+            b_buffer.mul_(0.9).add_(error.mean(0)).add_(b, alpha=weight_decay)
             W.add_(W_buffer, alpha=-step_lr)
             b.add_(b_buffer, alpha=-step_lr)
         per_epoch.append(accuracy(layer, x_test, y_test))

@@ -220,7 +220,7 @@ def run(hp, exp_dir, start_over=False):
     missing = why_no_probe(class_names, "test" in splits)
     if not missing and (result.get("key") != probe_key or not load_cached(exp_dir / "probe.pt", probe_key)):
         say("===> Fitting a linear classifier")
-        result = probe(hp, exp_dir, encoded, class_names, probe_key, device)
+        result = probe(hp, exp_dir, encoded, class_names, probe_key, device, bf16)
     report(exp_dir, checkpoint, encoded, result, missing)
 
 
@@ -597,12 +597,12 @@ def why_no_probe(class_names, has_test):
     return "" if has_test else "there are no test images (no test/<class> folders)"
 
 
-def probe(hp, exp_dir, encoded, class_names, key, device):
+def probe(hp, exp_dir, encoded, class_names, key, device, bf16):
     """Linear probe and kNN on the encoded images: writes probe.pt and linear_accuracy.json, returns the latter."""
     start = time.monotonic()
     x, y, x_test, y_test = (encoded[split][name].to(device) for split in ("train", "test") for name in ("embeddings", "labels"))
     result, layer = evaluate.linear_probe(
-        x, y, x_test, y_test, len(class_names), hp.eval_lr, hp.n_eval_epochs, seed=hp.seed,
+        x, y, x_test, y_test, len(class_names), hp.eval_lr, hp.n_eval_epochs, seed=hp.seed, bf16=bf16,
         progress=functools.partial(progress, desc="linear probe", every=hp.print_freq),
     )
     result["knn_top1"] = evaluate.knn(x, y, x_test, y_test, len(class_names))

@@ -2,8 +2,10 @@
 
     python benchmarks/accuracy.py demo --seeds 3
     python benchmarks/accuracy.py cifar10-jpeg --seeds 1 --data_dir .data/cifar10
+    python benchmarks/accuracy.py precision --seeds 3 --data_dir .data/cifar10
 
 demo: what `make demo` runs. cifar10-jpeg: 10,000 CIFAR-10 images as JPEG files in train/<class> and test/<class>.
+precision: 3,000 of them, trained in fp32 and, where the hardware has it, in bf16.
 Each experiment goes through main.main, in a temporary folder. Then: python benchmarks/readme.py
 """
 
@@ -33,8 +35,8 @@ CIFAR = "--dataset folder --n_images 10000 --arch resnet18-imagenet --n_patches 
 
 def arguments(name):
     """The options that the named experiment changes; the demo's stand in the Makefile."""
-    if name == "cifar10-jpeg":
-        return CIFAR.split()
+    if name in ("cifar10-jpeg", "precision"):
+        return [*CIFAR.split(), *(["--n_images", "3000"] if name == "precision" else [])]
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     return ["--dataset", "textures", *re.search(r"^DEMO = (.*)$", makefile, re.M)[1].split()]
 
@@ -86,18 +88,20 @@ def machine(device="auto"):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("demo", "cifar10-jpeg"))
+    parser.add_argument("name", choices=("demo", "cifar10-jpeg", "precision"))
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 42, the program's default (default: 3)")
     parser.add_argument("--data_dir", default="./datasets", help="where the JPEG files are")
     options = parser.parse_args()
     argv, seeds = arguments(options.name), range(42, 42 + options.seeds)
-    results = {
-        "options": " ".join(argv),
-        "machine": machine(),
-        "trained": [one_run(argv, seed, data_dir=options.data_dir) for seed in seeds],
-        "untrained": [one_run(argv, seed, data_dir=options.data_dir, n_epochs=0) for seed in seeds],
-        "raw_pixels_top1": raw_pixels(argv, options.data_dir),
-    }
+
+    def runs(**more):
+        return [one_run(argv, seed, data_dir=options.data_dir, **more) for seed in seeds]
+
+    results = {"options": " ".join(argv), "machine": machine()}
+    if options.name == "precision":
+        results |= {"auto": runs(), "fp32": runs(precision="fp32")}
+    else:
+        results |= {"trained": runs(), "untrained": runs(n_epochs=0), "raw_pixels_top1": raw_pixels(argv, options.data_dir)}
     path = ROOT / "benchmarks" / "results" / f"{options.name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -3,10 +3,11 @@
     python benchmarks/bench.py                              # every part but the whole run: about half an hour on two cores
     python benchmarks/bench.py --only tcr lars
     python benchmarks/bench.py --only run --data_dir .data/cifar10      # CIFAR-10 as JPEG files in train/<class>, test/<class>
+    python benchmarks/bench.py --only choices               # what each choice of the train step gives
 
 Each measurement is a process of its own, baseline and ours in turns. The floor is the larger of two times: the operations
-at the measured rate of a large matrix product in the precision of the network (of float32 for the losses and the probe), and
-the bytes at the measured rate of a large copy. Then: python benchmarks/readme.py
+at the measured rate of a large matrix product in the precision of the network (of float32 for the losses), and
+the bytes at the measured rate of a large copy, the best of seven each. Then: python benchmarks/readme.py
 """
 
 import argparse
@@ -52,10 +53,9 @@ class Setting:
         self.device, self.ours = torch.device(device), side == "ours"
         self.bf16 = main.pick_precision("auto", self.device) == "bf16"
         torch.manual_seed(0)
-        if self.ours:
-            torch.backends.cudnn.benchmark = True
-            if device == "cpu":
-                main.keep_freed_memory()
+        torch.backends.cudnn.benchmark = self.ours
+        if self.ours and device == "cpu":
+            main.keep_freed_memory()
 
     def images(self, n):
         return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8).to(self.device)
@@ -128,10 +128,45 @@ def probe(workers):
         y, y_test = (torch.randint(n_classes, (len(rows),)) for rows in (x, x_test))
         if s.ours:
             tensors = [tensor.to(s.device) for tensor in (x, y, x_test, y_test)]
-            return lambda: evaluate.linear_probe(*tensors, n_classes, n_epochs=n_epochs), n_epochs / 100
+            return lambda: evaluate.linear_probe(*tensors, n_classes, n_epochs=n_epochs, bf16=s.bf16), n_epochs / 100
         return lambda: baseline.linear_probe(x, y, x_test, y_test, n_classes, s.device, n_epochs, workers=workers), n_epochs / 100
 
     return part
+
+
+# What a train step is without one of our choices, or with one that we did not make.
+CHOICES = {
+    "as it is": {},
+    "fp32": {"bf16": False},
+    "fp32, not channels last": {"bf16": False, "channels_last": False},
+    "not channels last": {"channels_last": False},
+    "torch's convolutions on 2x2 pixels too": {"few_pixels": False},
+    "freed memory returned": {"keep_memory": False},
+    "one thread": {"threads": 1},
+    "--compile": {"compile": True},
+}
+
+
+def choice(name, device):
+    """In a process of its own: prints the seconds of the first step and the median of the next ten, resnet18-imagenet."""
+    wanted = {"bf16": True, "channels_last": True, "few_pixels": True, "keep_memory": True, "threads": None, "compile": False}
+    wanted |= CHOICES[name]
+    s = Setting(device, "ours" if wanted["keep_memory"] else "baseline")
+    torch.backends.cudnn.benchmark = True
+    if wanted["threads"]:
+        torch.set_num_threads(wanted["threads"])
+    network = (Encoder if wanted["few_pixels"] else baseline.Encoder)("resnet18-imagenet")
+    layout = torch.channels_last if wanted["channels_last"] else torch.contiguous_format
+    encoder = network.to(s.device, memory_format=layout).train()
+    hp = main.hyperparameters(main.parse(["train", "--n_patches", "8"]))
+    optimizer, images = LARS(encoder.parameters(), 0.3, weight_decay=1e-4, nesterov=True, eta=0.005, clip=True), s.images(B)
+    compiled = torch.compile(encoder) if wanted["compile"] else encoder
+
+    def step():
+        main.train_step(hp, compiled, optimizer, images, data.generator(0, "bench"), s.bf16 and wanted["bf16"])
+
+    times = [seconds(step, s.device) for _ in range(11)]
+    print(json.dumps({"first": times[0], "seconds": statistics.median(times[1:])}))
 
 
 def flops(s, arch, training):
@@ -164,10 +199,13 @@ PARTS = {
                           lambda s, net, fp32, bw, arch=arch: P * flops(s, arch, False) / net)
        for arch in ("resnet18-cifar", "resnet18-imagenet")},
     **{name: (f"linear probe, 100 epochs, 50,000 x 4096, 10 classes; {title}", probe(workers),
-              lambda s, net, fp32, bw: 100 * 50000 * 4096 * max(2 * 2 * 10 / fp32, BYTES / bw))
+              lambda s, net, fp32, bw: 100 * 50000 * 4096 * max(2 * 2 * 10 / net, BYTES / (1 + s.bf16) / bw))
        for name, workers, title in (("probe", 2, "baseline with the authors' two workers"),
                                     ("probe plain", 0, "baseline without workers"))},
 }  # fmt: skip
+
+
+MORE = ("choices", "run")  # only when asked for
 
 
 def seconds(function, device):
@@ -197,9 +235,9 @@ def rates(device):
     products = []
     for dtype in (torch.bfloat16 if s.bf16 else torch.float32, torch.float32):
         b = a.to(dtype)
-        products.append(2 * n**3 / statistics.median(seconds(lambda b=b: b @ b, s.device) for _ in range(7)))
+        products.append(2 * n**3 / min(seconds(lambda b=b: b @ b, s.device) for _ in range(7)))
     out = torch.empty_like(big)
-    copied = 2 * big.nbytes / statistics.median(seconds(lambda: out.copy_(big), s.device) for _ in range(7))
+    copied = 2 * big.nbytes / min(seconds(lambda: out.copy_(big), s.device) for _ in range(7))
     print(json.dumps({"network": products[0], "float32": products[1], "copy": copied}))
 
 
@@ -248,22 +286,29 @@ def run(options):
     results = experiment.read_json(path) or {"parts": {}}
     results["machine"] = machine(options.device)
     results["rates"] = child(__file__, "--child", "rates", "ours", "--device", options.device)
+    s = Setting(options.device, "ours")
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     for name in options.only or PARTS:
-        if name == "run":
+        if name == "choices":
+            turns = [{c: child(__file__, "--child", "choice", c, "--device", options.device) for c in CHOICES}
+                     for _ in range(options.turns)]  # fmt: skip
+            results["choices"] = {c: {key: [turn[c][key] for turn in turns] for key in ("first", "seconds")} for c in CHOICES}
+            results["choices"]["commit"] = commit
+        elif name == "run":
             results["run"] = {**whole_run(options.device, options.data_dir, range(42, 42 + options.seeds)), "commit": commit}
         else:
-            title, _, floor = PARTS[name]
+            title = PARTS[name][0]
             part = one_part(name, options.device, options.turns)
-            floor = floor(Setting(options.device, "ours"), *results["rates"].values())
-            results["parts"][name] = {"title": title, **part, "floor": floor, "commit": commit}
+            results["parts"][name] = {"title": title, **part, "commit": commit}
+        for part, content in results["parts"].items():
+            content["floor"] = PARTS[part][2](s, *results["rates"].values())
         path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--only", nargs="+", choices=(*PARTS, "run"), metavar="PART", help=", ".join((*PARTS, "run")))
+    parser.add_argument("--only", nargs="+", choices=(*PARTS, *MORE), metavar="PART", help=", ".join((*PARTS, *MORE)))
     parser.add_argument("--turns", type=int, default=3, help="processes of each side (default: 3)")
     parser.add_argument("--seeds", type=int, default=1, help="whole runs of each side (default: 1)")
     parser.add_argument("--data_dir", default="./datasets", help="JPEG files for the whole run")
@@ -271,6 +316,11 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.child:
         name, side = options.child
-        rates(options.device) if name == "rates" else measure(name, options.device, side)
+        if name == "rates":
+            rates(options.device)
+        elif name == "choice":
+            choice(side, options.device)
+        else:
+            measure(name, options.device, side)
     else:
         run(options)

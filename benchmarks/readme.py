@@ -67,9 +67,88 @@ def accuracy(name):
     return "\n".join(rows)
 
 
+def speed(device):
+    """Ratios on a CPU, whose speed varies with what else the machine does; on a GPU the times too."""
+    results, on_gpu = read(f"speed-{device}"), device == "cuda"
+    times = " baseline | ours |" if on_gpu else ""
+    rows = [f"| part |{times} times as fast | ours over the floor |", "| --- |" + " --- |" * (4 if on_gpu else 2)]
+    for part in results["parts"].values():
+        plain, ours = part["baseline"]["seconds"], part["ours"]["seconds"]
+        middle, (least, most) = statistics.median(plain) / statistics.median(ours), ratios(plain, ours)
+        times = f" {1e3 * statistics.median(plain):.4g} ms | {1e3 * statistics.median(ours):.4g} ms |" if on_gpu else ""
+        over = statistics.median(ours) / part["floor"]
+        rows.append(f"| {part['title']} |{times} {middle:.3g} ({least:.3g} to {most:.3g}) | {over:.2g} |")
+    rows += ["", f"{whole_run(results)} Measured by `python benchmarks/bench.py --device {device}` on: {machine(results)}. "
+             f"Rates behind the floor: {results['rates']['network'] / 1e12:.3g} TFLOP/s in the network's precision, "
+             f"{results['rates']['float32'] / 1e12:.3g} in float32, {results['rates']['copy'] / 1e9:.3g} GB/s."]  # fmt: skip
+    return "\n".join(rows)
+
+
+def choices():
+    """What the train step takes otherwise, as a multiple of what it takes, and the first step's seconds."""
+    results = read("speed-cpu")
+    times = {name: c for name, c in results["choices"].items() if name != "commit"}
+    ours = statistics.median(times["as it is"]["seconds"])
+    rows = ["| a train step of resnet18-imagenet, 8 x 100 patches | time | the first step |", "| --- | --- | --- |"]
+    for name, c in times.items():
+        first = statistics.median(c["first"]) / ours
+        rows.append(f"| {name} | {statistics.median(c['seconds']) / ours:.2f} | {first:.1f} |")
+    return "\n".join(rows)
+
+
+def precision():
+    results = read("precision")
+    auto, fp32 = results["auto"], results["fp32"]
+    return (
+        f"{results['machine']['precision']}: {spread(auto, 'top1')} top-1 on CIFAR-10 (JPEG), training "
+        f"{seconds(auto, 'training')} s; fp32: {spread(fp32, 'top1')}, {seconds(fp32, 'training')} s ({len(auto)} seeds, mean, "
+        f"least to greatest; 3,000 images, resnet18-imagenet, 8 patches, 1 epoch). Measured by "
+        f"`python benchmarks/accuracy.py precision` on: {machine(results)}."
+    )
+
+
+def measured(part, command):
+    try:
+        return part()
+    except (FileNotFoundError, KeyError):
+        return f"Not yet measured. The command is `python benchmarks/{command}`."
+
+
+def ratios(plain, ours):
+    """Least and greatest of the ratios of runs that were neighbours."""
+    values = [a / b for a, b in zip(plain, ours, strict=True)]
+    return min(values), max(values)
+
+
+def whole_run(results):
+    if "run" not in results:
+        return "The whole run: not yet measured (`--only run`)."
+    run = results["run"]
+    settings = ", ".join(f"{name} {value}" for name, value in run["options"].items())
+    plain, cold, warm = (run[side] for side in ("baseline", "ours", "ours, images cached"))
+    times = {name: [r["seconds"] for r in runs] for name, runs in (("plain", plain), ("cold", cold), ("warm", warm))}
+    return (
+        f"The whole run on CIFAR-10 (JPEG), from process start to report ({settings}): {ratio(times['plain'], times['warm'])} "
+        f"times as fast, {ratio(times['plain'], times['cold'])} times when the images are decoded for the first time; top-1 "
+        f"{spread(warm, 'top1')} against {spread(plain, 'top1')} ({len(plain)} {'seed' if len(plain) == 1 else 'seeds'})."
+    )
+
+
+def ratio(plain, ours):
+    return f"{statistics.median(plain) / statistics.median(ours):.2g}"
+
+
 def render(text):
     """README.md with each generated part made anew."""
-    parts = {"options": options, "demo": lambda: accuracy("demo"), "cifar10-jpeg": lambda: accuracy("cifar10-jpeg")}
+    parts = {
+        "options": options,
+        "demo": lambda: accuracy("demo"),
+        "cifar10-jpeg": lambda: accuracy("cifar10-jpeg"),
+        "speed-cpu": lambda: measured(lambda: speed("cpu"), "bench.py"),
+        "speed-cuda": lambda: measured(lambda: speed("cuda"), "bench.py --device cuda"),
+        "choices": lambda: measured(choices, "bench.py --only choices"),
+        "precision": lambda: measured(precision, "accuracy.py precision"),
+    }
     for name, part in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         assert pattern.search(text), f"README.md has no part {name}"

@@ -82,6 +82,9 @@ def test_linear_probe_equals_steps_written_out():
             W = W - lr * (1 + math.cos(math.pi * epoch / 2)) / 2 * velocity
     _, layer = linear_probe(x, y, x, y, 3, lr=lr, n_epochs=2, bs=20, weight_decay=wd, seed=7)
     torch.testing.assert_close(torch.cat([layer.weight, layer.bias[:, None]], 1).detach(), W, rtol=1e-4, atol=1e-6)
+    _, layer = linear_probe(x, y, x, y, 3, lr=lr, n_epochs=2, bs=20, weight_decay=wd, seed=7, bf16=True)
+    error = torch.cat([layer.weight, layer.bias[:, None]], 1) - W
+    assert 0 < error.norm() < 1e-2 * W.norm()
 
 
 def test_accuracy_counts_every_row():
