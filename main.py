@@ -395,7 +395,7 @@ def train_step(hp, encoder, optimizer, images, generator, bf16):
 def say_memory(hp, encoder, pixels, bf16):
     """Print what a training step will take and what there is, with a warning where it is more."""
     n, device = hp.n_patches * hp.bs, pixels.device
-    patch = saved_bytes(encoder, 3, pixels, bf16) - saved_bytes(encoder, 2, pixels, bf16)
+    patch = saved_bytes(encoder, 3, pixels.shape[-1], bf16) - saved_bytes(encoder, 2, pixels.shape[-1], bf16)
     weights = 4 * 4 * sum(p.numel() for p in encoder.parameters())  # float32: weights, gradients, momentum; copies in bf16
     need = (1.6 * n * patch + weights + pixels.nbytes) / 1e9  # backward adds its own: 1.4 to 1.8 measured on a CPU
     if device.type == "cuda":
@@ -407,18 +407,17 @@ def say_memory(hp, encoder, pixels, bf16):
         print("warning: that is more than there is: lower bs or n_patches, or take precision bf16", file=sys.stderr)
 
 
-def saved_bytes(encoder, n_patches, pixels, bf16):
-    """Bytes of what autograd keeps of n_patches patches between forward and backward."""
+def saved_bytes(encoder, n_patches, size, bf16):
+    """Bytes of what autograd keeps of n_patches patches of this size between forward and backward; tried on the CPU."""
     kept = []
 
     def keep(tensor):
         kept.append(tensor.untyped_storage())
         return tensor
 
-    x = torch.zeros(n_patches, *pixels.shape[1:], device=pixels.device)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
-        copy.deepcopy(encoder).train()(x)  # a copy: batch norm would count these patches
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        copy.deepcopy(encoder).cpu().train()(torch.zeros(n_patches, 3, size, size))  # a copy: batch norm counts what it sees
     return sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
 
 

@@ -5,7 +5,7 @@
     python benchmarks/accuracy.py precision --seeds 3 --data_dir .data/cifar10
 
 demo: what `make demo` runs. cifar10-jpeg: 10,000 CIFAR-10 images as JPEG files in train/<class> and test/<class>.
-precision: 3,000 of them, trained in fp32 and, where the hardware has it, in bf16.
+precision: 3,000 of them, trained in fp32 and, where the hardware has it, in bf16; and by benchmarks/baseline.py.
 Each experiment goes through main.main, in a temporary folder. Then: python benchmarks/readme.py
 """
 
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -58,6 +59,14 @@ def one_run(argv, seed, **more):
     return {"seed": seed, **accuracy, "seconds": {name: round(value, 1) for name, value in seconds.items()}}
 
 
+def baseline_run(argv, seed, data_dir):
+    """What benchmarks/baseline.py reports of the same experiment; it knows no --dataset."""
+    i = argv.index("--dataset")
+    options = [*argv[:i], *argv[i + 2 :], "--data_dir", data_dir, "--seed", str(seed)]
+    command = [sys.executable, ROOT / "benchmarks" / "baseline.py", *options]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
 def raw_pixels(argv, data_dir):
     """Top-1 of the linear probe on the pixels themselves, in [-1, 1], for the better of two learning rates."""
     hp = main.hyperparameters(main.parse(["train", *argv, "--data_dir", data_dir]))
@@ -99,7 +108,8 @@ if __name__ == "__main__":
 
     results = {"options": " ".join(argv), "machine": machine()}
     if options.name == "precision":
-        results |= {"auto": runs(), "fp32": runs(precision="fp32")}
+        plain = [baseline_run(argv, seed, options.data_dir) for seed in seeds[:2]]  # four minutes each
+        results |= {"auto": runs(), "fp32": runs(precision="fp32"), "baseline": plain}
     else:
         results |= {"trained": runs(), "untrained": runs(n_epochs=0), "raw_pixels_top1": raw_pixels(argv, options.data_dir)}
     path = ROOT / "benchmarks" / "results" / f"{options.name}.json"

@@ -143,7 +143,7 @@ CHOICES = {
     "torch's convolutions on 2x2 pixels too": {"few_pixels": False},
     "freed memory returned": {"keep_memory": False},
     "one thread": {"threads": 1},
-    "--compile": {"compile": True},
+    "with --compile": {"compile": True},
 }
 
 

@@ -98,11 +98,12 @@ def choices():
 
 def precision():
     results = read("precision")
-    auto, fp32 = results["auto"], results["fp32"]
+    auto, fp32, plain = results["auto"], results["fp32"], results["baseline"]
     return (
         f"{results['machine']['precision']}: {spread(auto, 'top1')} top-1 on CIFAR-10 (JPEG), training "
-        f"{seconds(auto, 'training')} s; fp32: {spread(fp32, 'top1')}, {seconds(fp32, 'training')} s ({len(auto)} seeds, mean, "
-        f"least to greatest; 3,000 images, resnet18-imagenet, 8 patches, 1 epoch). Measured by "
+        f"{seconds(auto, 'training')} s; fp32: {spread(fp32, 'top1')}, {seconds(fp32, 'training')} s; the plain "
+        f"implementation: {spread(plain, 'top1')}, {seconds(plain, 'training')} s ({len(auto)}, {len(fp32)} and {len(plain)} "
+        f"seeds, mean, least to greatest; 3,000 images, resnet18-imagenet, 8 patches, 1 epoch). Measured by "
         f"`python benchmarks/accuracy.py precision` on: {machine(results)}."
     )
 

@@ -331,9 +331,8 @@ def test_the_memory_of_a_step_is_told_before_and_warned_of(tiny, finished, tmp_p
     encoder = Encoder("resnet18-tiny", h_dim=32, z_dim=16, activation="tanh")
     encoder.backbone = torch.nn.Flatten()
     encoder.features[0] = torch.nn.Linear(3 * 16 * 16, 32)
-    pixels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
     state = {name: value.clone() for name, value in encoder.state_dict().items()}
-    patch = main.saved_bytes(encoder, 7, pixels, False) - main.saved_bytes(encoder, 6, pixels, False)
+    patch = main.saved_bytes(encoder, 7, 16, False) - main.saved_bytes(encoder, 6, 16, False)
     # The input of each layer, the output of tanh, which is the next one's input, and the norm of z and its clamp.
     assert 4 * (768 + 4 * 32 + 16) <= patch <= 4 * (768 + 4 * 32 + 2 * 16 + 4)
     assert all(torch.equal(state[name], value) for name, value in encoder.state_dict().items())
@@ -341,7 +340,7 @@ def test_the_memory_of_a_step_is_told_before_and_warned_of(tiny, finished, tmp_p
     assert re.search(r"^\* Memory: about \d+\.\d GB for a step of 8 patches; \d+\.\d GB are there$", result.out, re.M)
     assert re.search(r"^memory           [1-9]?\d\.\d\d GB at most", result.out, re.M)
     assert result.err == ""
-    monkeypatch.setattr(main, "saved_bytes", lambda encoder, n_patches, pixels, bf16: n_patches * 10**12)
+    monkeypatch.setattr(main, "saved_bytes", lambda encoder, n_patches, size, bf16: n_patches * 10**12)
     result = run(*tiny, "--log_folder", tmp_path, "--exp_name", "huge", "--n_epochs", "0")
     assert "about 12800.0 GB for a step of 8 patches" in result.out
     assert "lower bs or n_patches" in result.err
