@@ -48,7 +48,8 @@ class Conv3x3(nn.Conv2d):
     """The 3x3 convolution `conv`, with its weights; on 2x2 or fewer pixels each output pixel meets all of them, the
     rest of its kernel meets padding, and it is a matrix product.
 
-    That is what the last two stages of the ImageNet variant see of a 32x32 patch, where oneDNN's gradients are slow.
+    That is what the last two stages of the ImageNet variant see of a 32x32 patch, where oneDNN's gradients are slow:
+    without this, and with ReLU before pooling, a training step takes 1.2x as long (800 patches, two cores, bf16).
     """
 
     def __init__(self, conv):
