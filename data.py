@@ -75,9 +75,8 @@ def load_cifar(name, root, train):
         return {"images": images, "labels": torch.tensor(dataset.targets), "class_names": list(dataset.classes)}
 
     folder = Path(root, dataset_class.base_folder)
-    if not folder.is_dir():
-        read()
-    content = cached(f"{name}-{'train' if train else 'test'}", folder, sorted(folder.iterdir()), read)
+    first = None if folder.is_dir() else read()
+    content = cached(f"{name}-{'train' if train else 'test'}", folder, sorted(folder.iterdir()), lambda: first or read())
     return ImageSet(content["images"], content["labels"], content["class_names"])
 
 
@@ -386,11 +385,13 @@ def augment(x, params, n_by_turn):
     groups = list(x.split(n_by_turn))
     for hue_turn in range(NO_JITTER):
         y = groups[hue_turn]
-        for i in range(3):
-            if i == hue_turn:
+        for turn in range(4):
+            if turn == hue_turn:
                 y = adjust_hue(y, shift[hue_turn])
-            y = map_colours(y, M[hue_turn][:, i], mean_weight[hue_turn][:, i])
-        groups[hue_turn] = adjust_hue(y, shift[hue_turn]) if hue_turn == 3 else y
+            else:
+                i = turn - (turn > hue_turn)  # among the three others
+                y = map_colours(y, M[hue_turn][:, i], mean_weight[hue_turn][:, i])
+        groups[hue_turn] = y
     x = torch.cat(groups)
 
     def apply(mask, operation, *values):

@@ -123,7 +123,7 @@ PARAMS = [
     Param("data_dir", str, "./datasets", "none", "where the images are, or are downloaded to"),
     Param("device", str, "auto", "none", "auto (cuda, mps or cpu), cpu, mps, cuda or cuda:N"),
     Param("deterministic", bool, False, "none", "the same bits each time on CUDA too, slower"),
-    Param("compile", bool, False, "none", "torch.compile the network; on a CPU it costs a minute and gains nothing"),
+    Param("compile", bool, False, "none", "torch.compile the network; on a CPU the steps are no faster for it"),
     Param("print_freq", int, 50, "none", "steps between two lines of progress and metrics", low=1),
     Param("eval_freq", int, 0, "none", "steps between two quick kNN accuracies while training, 0: never", low=0),
     Param("checkpoint_every", float, 60.0, "none", "seconds between two checkpoints within an epoch", low=0),

@@ -63,8 +63,15 @@ def baseline_run(argv, seed, data_dir):
     """What benchmarks/baseline.py reports of the same experiment; it knows no --dataset."""
     i = argv.index("--dataset")
     options = [*argv[:i], *argv[i + 2 :], "--data_dir", data_dir, "--seed", str(seed)]
-    command = [sys.executable, ROOT / "benchmarks" / "baseline.py", *options]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return child(ROOT / "benchmarks" / "baseline.py", *options)
+
+
+def child(*arguments):
+    """The last line that a script with these arguments prints: a JSON object."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(map(str, arguments))} failed:\n{done.stderr}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def raw_pixels(argv, data_dir):

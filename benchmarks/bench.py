@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import baseline  # noqa: E402
-from accuracy import machine  # noqa: E402
+from accuracy import child, machine  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
@@ -159,7 +159,7 @@ def choice(name, device):
     layout = torch.channels_last if wanted["channels_last"] else torch.contiguous_format
     encoder = network.to(s.device, memory_format=layout).train()
     hp = main.hyperparameters(main.parse(["train", "--n_patches", "8"]))
-    optimizer, images = LARS(encoder.parameters(), 0.3, weight_decay=1e-4, nesterov=True, eta=0.005, clip=True), s.images(B)
+    optimizer, images = main.build_optimizer(hp, encoder), s.images(B)
     compiled = torch.compile(encoder) if wanted["compile"] else encoder
 
     def step():
@@ -239,14 +239,6 @@ def rates(device):
     out = torch.empty_like(big)
     copied = 2 * big.nbytes / min(seconds(lambda: out.copy_(big), s.device) for _ in range(7))
     print(json.dumps({"network": products[0], "float32": products[1], "copy": copied}))
-
-
-def child(*arguments):
-    """The last line that this script, or another, prints: a JSON object."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(map(str, arguments))} failed:\n{done.stderr}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def one_part(name, device, turns):

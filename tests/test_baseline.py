@@ -2,6 +2,7 @@ import baseline
 import torch
 
 import data
+import evaluate
 import loss
 import main
 from model import Encoder
@@ -39,11 +40,17 @@ def test_its_patches_have_the_moments_of_ours():
     torch.testing.assert_close(theirs.std(), ours.std(), rtol=0.03, atol=0)
 
 
-def test_its_probe_and_encoding_agree_with_ours():
+def test_its_probe_and_encoding_agree_with_ours(monkeypatch):
     torch.manual_seed(0)
     centres, y = torch.randn(4, 8), torch.arange(400) % 4
     x = centres[y] + 0.1 * torch.randn(400, 8)
     assert baseline.linear_probe(x, y, x, y, 4, "cpu", n_epochs=3, lr=0.1) > 99
+    assert evaluate.linear_probe(x, y, x, y, 4, n_epochs=3, lr=0.1)[0]["top1"] > 99
     images = data.load_images("textures", "", False).images[:6]
-    encoder = baseline.Encoder("resnet18-tiny", 16, 8)
-    assert baseline.encode(encoder, images, 2, bs=4).shape == (6, 16)
+    plain, ours = baseline.Encoder("resnet18-tiny", 16, 8), Encoder("resnet18-tiny", 16, 8)
+    ours.load_state_dict(plain.state_dict())
+    batches = [data.sample_patches(images[i : i + 4], 2, data.generator(0, "encode-t", step=i // 4)) for i in (0, 4)]
+    monkeypatch.setattr(baseline, "loader", lambda *args, **kwargs: [x.transpose(0, 1) for x in batches])
+    encoded = baseline.encode(plain, images, 2, bs=4)
+    assert encoded.shape == (6, 16)
+    torch.testing.assert_close(encoded, evaluate.encode(ours, images, 2, split="t", bs=4)["embeddings"], rtol=1e-4, atol=1e-5)
