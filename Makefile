@@ -8,7 +8,7 @@ demo: .venv/installed
 
 # What the demo changes of the defaults so that it takes a minute on two CPU cores; see "The demo" in README.md.
 DEMO = --arch resnet18-imagenet --n_patches 8 --n_epochs 1 --bs 25 --n_images 2000 --h_dim 1024 --z_dim 256 \
-	--test_patches 4 --eval_lr 0.1 --print_freq 10
+	--test_patches 4 --print_freq 10
 
 test: .venv/installed
 	$(BIN)/python -m pip install -q pytest

@@ -309,6 +309,26 @@ def sample_patches(images, n_patches, generator, size=32):
     return x.unflatten(0, (n_patches, B))  # (P, B, 3, size, size)
 
 
+def sample_views(images, n_views, kind, generator, size=32):
+    """What an image is encoded by: as sample_patches, but (V, B, 3, size, size), V at most n_views.
+
+    kind: augmented, patches as in training; crops, of the same size at random places and nothing else; grid, k x k crops at
+    even distances, from corner to corner, where k is the root of n_views, rounded down: no randomness is left.
+    """
+    if kind == "augmented":
+        return sample_patches(images, n_views, generator, size)
+    B, _, H, W = images.shape
+    if kind == "crops":
+        top, left = (torch.randint(n - n // 2 + 1, (n_views * B,), generator=generator) for n in (H, W))
+    else:
+        k = math.isqrt(n_views)
+        rows, columns = (torch.linspace(0, n - n // 2, k).round().long() if k > 1 else torch.tensor([n // 4]) for n in (H, W))
+        top, left = (places.flatten().repeat_interleave(B) for places in torch.meshgrid(rows, columns, indexing="ij"))
+    flip = torch.zeros(len(top), dtype=torch.bool)
+    params = {"top": top, "left": left, "flip": flip, "image": torch.arange(B).repeat(len(top) // B)}
+    return cut(images, params, size).mul_(2).sub_(1).unflatten(0, (-1, B))
+
+
 def to_device(tensor, device):
     """A CPU tensor on the device, by a copy that neither waits for it nor for what it is doing."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -18,7 +18,7 @@ import yaml
 
 from model import ACTIVATIONS, ARCHS
 
-FORMAT = 1  # of checkpoints and artifacts
+FORMAT = 2  # of checkpoints and artifacts
 
 
 class RunError(Exception):
@@ -104,9 +104,13 @@ PARAMS = [
     Param("batch_norm", bool, True, "model", "batch norm in both heads"),
     Param("pretrained_proj", str, None, "model", "checkpoint to take the projection's weights from, then kept frozen"),
     Param("n_patches", int, 100, "encoder", "patches per image", low=1),
-    Param("n_epochs", int, 2, "encoder", "passes over the data; 0 leaves the encoder untrained", low=0),
+    Param("bags", int, 1, "encoder", "bags that an image's patches are dealt to; in more than one it is its own negative", low=1),
+    Param("input_size", int, None, "encoder", "pixels, what patches are resized to (default: as wide as the image)", low=8),
+    Param("n_epochs", float, 2.0, "encoder", "passes over the data, also 0.75; 0 leaves the encoder untrained", low=0),
     Param("bs", int, 100, "encoder", "batch size in images", low=1),
-    Param("lr", float, 0.3, "encoder", "learning rate at the start; a cosine takes it to 0", low=0, above=True),
+    Param("lr", float, 0.3, "encoder", "learning rate at the start", low=0, above=True),
+    Param("schedule", str, "cosine", "encoder", "of the rate: from lr to 0 over all steps, or lr throughout", choices=(
+        "cosine", "constant")),
     Param("optimizer", str, "lars", "encoder", "optimizer", choices=("lars", "sgd")),
     Param("weight_decay", float, 1e-4, "encoder", "weight decay", low=0),
     Param("uniformity_loss", str, "tcr", "encoder", "loss that spreads the embeddings", choices=("tcr", "vonmises")),
@@ -116,10 +120,14 @@ PARAMS = [
     Param("precision", str, "auto", "encoder", "of the network; auto: bf16 where the hardware has it", choices=(
         "auto", "fp32", "bf16")),
     Param("test_patches", int, None, "encode", "patches per image when encoding (default: n_patches)", low=1),
+    Param("eval_views", str, "grid", "encode", "what an image is encoded by: patches as in training, random crops, or "
+          "a grid of crops", choices=(
+          "augmented", "crops", "grid")),
     Param("emb_pool", str, "features", "encode", "which tensors to pool as the representation", choices=("features", "proj")),
     Param("save_proj", bool, False, "encode", "save each patch's embedding and projection too, as float16"),
     Param("n_eval_epochs", int, 100, "probe", "epochs of the linear probe", low=1),
-    Param("eval_lr", float, 0.0075, "probe", "learning rate of the linear probe", low=0, above=True),
+    Param("eval_lr", float, None, "probe", "learning rate of the probe (default: the best of six on a held-out tenth)",
+          low=0, above=True),
     Param("data_dir", str, "./datasets", "none", "where the images are, or are downloaded to"),
     Param("device", str, "auto", "none", "auto (cuda, mps or cpu), cpu, mps, cuda or cuda:N"),
     Param("deterministic", bool, False, "none", "the same bits each time on CUDA too, slower"),
@@ -128,6 +136,11 @@ PARAMS = [
     Param("eval_freq", int, 0, "none", "steps between two quick kNN accuracies while training, 0: never", low=0),
     Param("checkpoint_every", float, 60.0, "none", "seconds between two checkpoints within an epoch", low=0),
 ]
+
+# Named sets of hyperparameters, for train --preset NAME.
+PRESETS = {
+    "one-minute": {"n_patches": 10, "input_size": 16, "n_epochs": 10.0, "test_patches": 9, "eval_views": "grid"},
+}
 
 
 def validate(values, source):
@@ -150,6 +163,8 @@ def validate(values, source):
         raise UsageError(f"{source}: bs must be at least 2 with uniformity_loss vonmises, which compares images")
     if values["bs"] * values["n_patches"] < 2:
         raise UsageError(f"{source}: bs 1 with n_patches 1 leaves batch norm a single patch: raise one of them")
+    if values["n_patches"] % values["bags"]:
+        raise UsageError(f"{source}: bags must divide n_patches {values['n_patches']}, not {values['bags']}")
     if values["image_size"] % 2:
         raise UsageError(f"{source}: image_size must be even, a patch being half as wide, not {values['image_size']}")
     return SimpleNamespace(**values)
@@ -204,9 +219,9 @@ def check_changes(hp, checkpoint):
             f"set it back, or train under a new --exp_name"
         )
     changed = differences(old, new, ("encoder",))
-    if hp.n_epochs < checkpoint["epoch"] + (checkpoint["step"] > 0):
+    if n_steps_done(checkpoint) > n_steps_in(hp.n_epochs, checkpoint["n_steps"]):
         raise UsageError(
-            f"n_epochs is {hp.n_epochs}, but training is at epoch {checkpoint['epoch']} step {checkpoint['step']} already: "
+            f"n_epochs is {hp.n_epochs:g}, but training is at epoch {checkpoint['epoch']} step {checkpoint['step']} already: "
             f"raise it, or train under a new --exp_name"
         )
     if is_trained(hp, checkpoint):
@@ -220,7 +235,16 @@ def check_changes(hp, checkpoint):
 
 
 def is_trained(hp, checkpoint):
-    return checkpoint is not None and checkpoint["epoch"] >= hp.n_epochs
+    return checkpoint is not None and n_steps_done(checkpoint) >= n_steps_in(hp.n_epochs, checkpoint["n_steps"])
+
+
+def n_steps_done(checkpoint):
+    return checkpoint["epoch"] * checkpoint["n_steps"] + checkpoint["step"]
+
+
+def n_steps_in(n_epochs, n_steps):
+    """Steps in so many epochs of n_steps each; n_epochs need not be whole."""
+    return math.ceil(round(n_epochs * n_steps, 6))
 
 
 # ------------------------------------------------------------------------------------------- run folder

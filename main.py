@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from tqdm import tqdm
@@ -82,6 +83,8 @@ def parse(argv=None):
     run.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                      help="go on where the same experiment stopped (the default), or move it aside and start over")
     run.add_argument("--config_from", metavar="DIR", help="take what is not given here from another run folder's hparams.yaml")
+    run.add_argument("--preset", choices=tuple(experiment.PRESETS), metavar="{" + ",".join(experiment.PRESETS) + "}",
+                     help="take what is not given here from a named set of hyperparameters (see README)")
     for param in PARAMS:
         default = "" if param.default is None else f" (default: {param.default})"
         kind = {"action": argparse.BooleanOptionalAction} if param.type is bool else {
@@ -114,8 +117,10 @@ def canonical(arg):
 
 
 def hyperparameters(args):
-    """The hyperparameters of a train command: what it gives, else those of --config_from, else the defaults."""
-    base = vars(experiment.read_hparams(args.config_from)) if args.config_from else {}
+    """The hyperparameters of a train command: what it gives, else those of --config_from or --preset, else the defaults."""
+    if args.config_from and args.preset:
+        raise UsageError("--config_from and --preset exclude each other: each names what is not given")
+    base = vars(experiment.read_hparams(args.config_from)) if args.config_from else experiment.PRESETS.get(args.preset, {})
     values = {param.name: getattr(args, param.name, base.get(param.name, param.default)) for param in PARAMS}
     return experiment.validate(values, "command line")
 
@@ -206,7 +211,8 @@ def run(hp, exp_dir, start_over=False):
     weights = experiment.checksum(*checkpoint["encoder"].values())
     test_patches = hp.test_patches or hp.n_patches
     bs = max(1, hp.bs * hp.n_patches // test_patches)  # as many patches at once as in training: that much fits
-    encode_key = {"encoder": weights, "bs": bs, "test_patches": test_patches, "emb_pool": hp.emb_pool, "save_proj": hp.save_proj}
+    encode_key = {"encoder": weights, "bs": bs, "test_patches": test_patches, "eval_views": hp.eval_views,
+                  "emb_pool": hp.emb_pool, "save_proj": hp.save_proj}  # fmt: skip
     class_names = checkpoint["data"]["class_names"]
     splits = [split for split in ("train", "test") if checkpoint["data"][split]]
     encoded = {split: load_cached(exp_dir / "artifacts" / f"{split}.pt", encode_key) for split in splits}
@@ -337,8 +343,9 @@ def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
     pixels = images["train"].images.to(device)  # uint8 (N, 3, size, size)
     bs, n_steps = hp.bs, len(pixels) // hp.bs
     optimizer = build_optimizer(hp, encoder)
+    n_total = experiment.n_steps_in(hp.n_epochs, n_steps)
     state = restore(hp, exp_dir, optimizer, checkpoint, changed, n_steps, device)
-    save = functools.partial(save_state, hp, exp_dir, images["info"], encoder, optimizer, state)
+    save = functools.partial(save_state, hp, exp_dir, images["info"], encoder, optimizer, n_steps, state)
     content = checkpoint or save()  # a folder that can't be written is found now
     if not (exp_dir / "patches.png").exists():
         draw_patches(pixels[:8], hp, exp_dir / "patches.png")
@@ -347,11 +354,12 @@ def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
     encoder.train()
     network = torch.compile(encoder) if hp.compile else encoder  # shares the weights
     with hold_signals() as signals:
-        for epoch in range(state.epoch, hp.n_epochs):
+        for epoch in range(state.epoch, math.ceil(n_total / max(1, n_steps))):
+            stop = min(n_steps, n_total - epoch * n_steps)  # the last epoch need not be whole
             order = torch.randperm(len(pixels), generator=data.generator(hp.seed, "order", epoch)).to(device)
-            bar = tqdm(range(state.step, n_steps), f"epoch {epoch}", n_steps, initial=state.step, disable=None)
+            bar = tqdm(range(state.step, stop), f"epoch {epoch}", stop, initial=state.step, disable=None)
             for step in bar:
-                lr = hp.lr / 2 * (1 + math.cos(math.pi * (epoch + step / n_steps) / hp.n_epochs))
+                lr = learning_rate(hp, (epoch * n_steps + step) / n_total)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 batch = pixels[order[step * bs : (step + 1) * bs]]
@@ -359,19 +367,25 @@ def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
 
                 state.step, state.timed = step + 1, state.timed + 1
                 state.recent.append(metrics)
-                if state.step % hp.print_freq == 0 or state.step == n_steps:
+                if state.step % hp.print_freq == 0 or state.step == stop:
                     summarise(state, exp_dir, lr, hp.n_patches * bs, bar)
                 if hp.eval_freq and (epoch * n_steps + state.step) % hp.eval_freq == 0:
                     quick_knn(hp, exp_dir, encoder, images, state, bf16)
-                if signals or time.monotonic() - state.saved_at > hp.checkpoint_every:
+                if state.step < stop and (signals or time.monotonic() - state.saved_at > hp.checkpoint_every):
                     save()
-                raise_if(signals, exp_dir, state)
+                    raise_if(signals, exp_dir, state)
             invariance, uniformity, _ = (state.totals / state.n_totals).tolist()
             say(f"Epoch: {epoch} | Loss sim: {invariance:.5f} | Loss {hp.uniformity_loss.upper()}: {uniformity:.5f}")
-            state.epoch, state.step, state.totals, state.n_totals = epoch + 1, 0, torch.zeros(3), 0
+            if stop == n_steps:
+                state.epoch, state.step, state.totals, state.n_totals = epoch + 1, 0, torch.zeros(3), 0
             content = save()
             raise_if(signals, exp_dir, state)
     return content
+
+
+def learning_rate(hp, progress):
+    """The rate of a step before which `progress`, in [0, 1), of all steps lie."""
+    return hp.lr if hp.schedule == "constant" else hp.lr * (1 + math.cos(math.pi * progress)) / 2
 
 
 def train_step(hp, encoder, optimizer, images, generator, bf16):
@@ -379,10 +393,10 @@ def train_step(hp, encoder, optimizer, images, generator, bf16):
 
     Returns (3,), on the device: invariance, uniformity and the norm of the gradient.
     """
-    x = data.sample_patches(images, hp.n_patches, generator, images.shape[-1])  # (P, B, 3, H, H)
+    x = data.sample_patches(images, hp.n_patches, generator, hp.input_size or images.shape[-1])  # (P, B, 3, S, S)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        _, z = encoder(x.flatten(0, 1))  # (P B, 3, H, H) -> (P B, z_dim)
-    z = z.unflatten(0, x.shape[:2])  # (P, B, z_dim)
+        _, z = encoder(x.flatten(0, 1))  # (P B, 3, S, S) -> (P B, z_dim)
+    z = z.unflatten(0, (hp.n_patches // hp.bags, hp.bags * len(images)))  # (P, B, z_dim), an image in each of its bags
     invariance = loss.invariance_loss(z)
     uniformity = loss.tcr_loss(z, hp.tcr_eps) if hp.uniformity_loss == "tcr" else loss.vonmises_loss(z)
     total = hp.invariance_loss_weight * invariance + hp.uniformity_loss_weight * uniformity
@@ -395,8 +409,8 @@ def train_step(hp, encoder, optimizer, images, generator, bf16):
 
 def say_memory(hp, encoder, pixels, bf16):
     """Print what a training step will take and what there is, with a warning where it is more."""
-    n, device = hp.n_patches * hp.bs, pixels.device
-    patch = saved_bytes(encoder, 3, pixels.shape[-1], bf16) - saved_bytes(encoder, 2, pixels.shape[-1], bf16)
+    n, size, device = hp.n_patches * hp.bs, hp.input_size or pixels.shape[-1], pixels.device
+    patch = saved_bytes(encoder, 3, size, bf16) - saved_bytes(encoder, 2, size, bf16)
     weights = 4 * 4 * sum(p.numel() for p in encoder.parameters())  # float32: weights, gradients, momentum; copies in bf16
     need = (1.6 * n * patch + weights + pixels.nbytes) / 1e9  # backward adds its own: 1.4 to 1.8 measured on a CPU
     if device.type == "cuda":
@@ -460,7 +474,7 @@ def restore(hp, exp_dir, optimizer, checkpoint, changed, n_steps, device):
     return state
 
 
-def save_state(hp, exp_dir, info, encoder, optimizer, state):
+def save_state(hp, exp_dir, info, encoder, optimizer, n_steps, state):
     """Write a checkpoint, unless the weights or a loss since the last one are not finite; returns its content."""
     check_finite(state)
     if not all(value.isfinite().all() for value in encoder.state_dict().values()):
@@ -475,6 +489,7 @@ def save_state(hp, exp_dir, info, encoder, optimizer, state):
         "optimizer": optimizer.state_dict()["state"],
         "epoch": state.epoch,
         "step": state.step,
+        "n_steps": n_steps,
         "totals": state.totals,
         "n_totals": state.n_totals,
         "recent": torch.stack(state.recent).cpu() if state.recent else torch.zeros(0, 3),
@@ -516,7 +531,7 @@ def summarise(state, exp_dir, lr, patches_per_step, bar):
 
 
 def quick_knn(hp, exp_dir, encoder, images, state, bf16):
-    """kNN accuracy now, of up to 1,000 test images among up to 5,000 training images, by 4 patches of each."""
+    """kNN accuracy now, of up to 1,000 test images among up to 5,000 training images, by 4 views of each."""
     train_set, test_set = images["train"], images["test"]
     device, n_patches = next(encoder.parameters()).device, min(4, hp.test_patches or hp.n_patches)
     tensors = []
@@ -524,7 +539,8 @@ def quick_knn(hp, exp_dir, encoder, images, state, bf16):
         n = min(limit, len(image_set.images))
         subset = data.balanced_subset(image_set.labels, len(image_set.images), n, data.generator(hp.seed, f"knn-{split}"))
         pixels = image_set.images[subset].to(device)
-        encoded = evaluate.encode(encoder, pixels, n_patches, hp.seed, f"knn-{split}", hp.bs, hp.emb_pool, bf16=bf16)
+        encoded = evaluate.encode(encoder, pixels, n_patches, hp.seed, f"knn-{split}", hp.bs, views=hp.eval_views,
+                                  size=hp.input_size, emb_pool=hp.emb_pool, bf16=bf16)  # fmt: skip
         tensors += [encoded["embeddings"], image_set.labels[subset]]
     top1 = evaluate.knn(*tensors, len(train_set.class_names))
     experiment.log_metrics(exp_dir, epoch=state.epoch, step=state.step, knn_top1=top1)
@@ -533,9 +549,10 @@ def quick_knn(hp, exp_dir, encoder, images, state, bf16):
 
 def draw_patches(pixels, hp, path):
     """A picture: a row for each of the images (n, 3, h, w), itself and then up to 20 patches as the network sees them."""
-    size, n = pixels.shape[-1], min(hp.n_patches, 20)
+    size, n = hp.input_size or pixels.shape[-1], min(hp.n_patches, 20)
     x = data.sample_patches(pixels, n, data.generator(hp.seed, "picture"), size)  # (P, n, 3, size, size)
-    rows = torch.cat([pixels[None].float() / 255, (x + 1) / 2]).transpose(0, 1).flatten(0, 1).cpu()
+    whole = F.interpolate(pixels.float() / 255, size=(size, size), mode="bilinear", antialias=True)
+    rows = torch.cat([whole[None], (x + 1) / 2]).transpose(0, 1).flatten(0, 1).cpu()
     grid = torchvision.utils.make_grid(rows, nrow=n + 1, pad_value=1.0)
     picture = Image.fromarray(grid.mul(255).round().byte().permute(1, 2, 0).numpy())
     with experiment.replacing(path) as file:
@@ -580,7 +597,8 @@ def encode(hp, exp_dir, encoder, image_set, split, key, bf16):
             raise RunError(f"save_proj needs {size / 1e9:.2f} GB in {exp_dir}, more than is free there")
     pixels = image_set.images.to(next(encoder.parameters()).device)
     bar = functools.partial(progress, desc=f"encode {split}", every=hp.print_freq)
-    encoded = evaluate.encode(encoder, pixels, n_patches, hp.seed, split, key["bs"], hp.emb_pool, hp.save_proj, bf16, bar)
+    encoded = evaluate.encode(encoder, pixels, n_patches, hp.seed, split, key["bs"], views=hp.eval_views, size=hp.input_size,
+                              emb_pool=hp.emb_pool, save_proj=hp.save_proj, bf16=bf16, progress=bar)  # fmt: skip
     if not encoded["embeddings"].isfinite().all():
         raise RunError(f"embeddings of the {split} images are not finite: train under a new --exp_name with --precision fp32")
     encoded |= {"key": key, "seconds": time.monotonic() - start}
@@ -614,10 +632,13 @@ def probe(hp, exp_dir, encoded, class_names, key, device, bf16):
 
 def report(exp_dir, checkpoint, encoded, result, missing):
     say("===> Report")
+    say(f"images           by {encoded['train']['n_views']} views each: {encoded['train']['key']['eval_views']}")
     if missing:
         say(f"linear probe     skipped: {missing}")
     else:
         say(f"linear probe     top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  last epoch, {result['n_test']} images")
+        chosen = " chosen on a tenth of the training images" if result["held_out"] else ""
+        say(f"                 learning rate {result['lr']:g}{chosen}")
         say(f"                 top-1 {result['best_top1']:.2f}%  best epoch ({result['best_epoch']}), chosen on the test images")
         say(f"20-NN            top-1 {result['knn_top1']:.2f}%")
     encoding = sum(split["seconds"] for split in encoded.values())

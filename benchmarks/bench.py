@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import baseline  # noqa: E402
-from accuracy import child, machine  # noqa: E402
+from accuracy import LIKE_BASELINE, child, machine  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
@@ -128,7 +128,7 @@ def probe(workers):
         y, y_test = (torch.randint(n_classes, (len(rows),)) for rows in (x, x_test))
         if s.ours:
             tensors = [tensor.to(s.device) for tensor in (x, y, x_test, y_test)]
-            return lambda: evaluate.linear_probe(*tensors, n_classes, n_epochs=n_epochs, bf16=s.bf16), n_epochs / 100
+            return lambda: evaluate.linear_probe(*tensors, n_classes, 0.0075, n_epochs, bf16=s.bf16), n_epochs / 100
         return lambda: baseline.linear_probe(x, y, x_test, y_test, n_classes, s.device, n_epochs, workers=workers), n_epochs / 100
 
     return part
@@ -263,7 +263,7 @@ def whole_run(device, data_dir, seeds):
                     top1 = child(ROOT / "benchmarks" / "baseline.py", *options, "--seed", seed)["top1"]
                 else:
                     logs = Path(scratch, f"{side} {seed}")
-                    command = [sys.executable, "main.py", "train", "--dataset", "folder", *options, "--seed", seed, "--device",
+                    command = [sys.executable, "main.py", "train", *LIKE_BASELINE.split(), *options, "--seed", seed, "--device",
                                device, "--log_folder", logs]  # fmt: skip
                     subprocess.run(map(str, command), check=True, capture_output=True, cwd=ROOT)
                     (exp_dir,) = logs.iterdir()
@@ -306,6 +306,8 @@ if __name__ == "__main__":
     parser.add_argument("--data_dir", default="./datasets", help="JPEG files for the whole run")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is none here")
     if options.child:
         name, side = options.child
         if name == "rates":

@@ -108,6 +108,52 @@ def precision():
     )
 
 
+def reproduction(scale, table):
+    """A row for each experiment: what it is, what is published, what came out."""
+    results = read("reproduction")[scale]
+    rows = ["| setting | options | published, full size | top-1 here | 20-NN | seconds |", "| ---" * 6 + " |"]
+    entries = [entry for entry in results["rows"].values() if entry["table"] == table]
+    for entry in entries:
+        done = [run for run in entry["runs"] if "failed" not in run]
+        options = f"`{entry['options']}`" if entry["options"] else ""
+        cells = [spread(done, "top1"), "", ""] if done else [entry["runs"][0]["failed"].split(";")[0], "", ""]
+        if done and "knn_top1" in done[0]:
+            cells[1:] = spread(done, "knn_top1"), f"{statistics.median(sum(r['seconds'].values()) for r in done):.0f}"
+        rows.append("| " + " | ".join([entry["title"], options, entry["published"], *cells]) + " |")
+    size = f"{entries[0]['n_images']:,} training images of " if entries[0]["n_images"] else ""
+    seeds = sorted({len(entry["runs"]) for entry in entries})
+    rows += ["", f"{size}{entries[0]['data']}, all test images; every row starts from `{results['base']}`. Mean (least to "
+             f"greatest) of {seeds[0]} to {seeds[-1]} seeds; seconds of training, encoding and probe. Measured by "
+             f"`python benchmarks/reproduce.py --scale {scale}` on: {machine(entries[0])}."]  # fmt: skip
+    return "\n".join(rows)
+
+
+# What the findings say: the first of the two rows is the better one.
+FINDINGS = (
+    ("LARS is far above SGD", "base", "sgd"),
+    ("without batch norms a little is lost", "base", "no-batch-norm"),
+    ("patches of one image as negatives hurt", "no-duplicates", "duplicates"),
+    ("the network without its last stage is at least as good", "mini", "cifar-stem"),
+    ("the whole epoch is better than 75% of it", "base", "three-quarters"),
+    ("training is worth it", "base", "untrained"),
+)
+
+
+def verdicts():
+    """Whether the small rows are in the order of the findings, and whether the seeds' ranges are apart."""
+    entries, lines = read("reproduction")["small"]["rows"], []
+    for claim, better, worse in FINDINGS:
+        a, b = ([run["top1"] for run in entries[name]["runs"] if "failed" not in run] for name in (better, worse))
+        if not b:
+            lines.append(f"- {claim}: holds, `{worse}` failed")
+            continue
+        gap = statistics.mean(a) - statistics.mean(b)
+        apart = min(a) > max(b) or min(b) > max(a)
+        lines.append(f"- {claim}: {'holds' if gap > 0 else 'does **not** hold'} here, {gap:+.1f} points "
+                     f"({'' if apart else 'within the range of the seeds; '}`{better}` less `{worse}`)")  # fmt: skip
+    return "\n".join(lines)
+
+
 def measured(part, command):
     try:
         return part()
@@ -144,10 +190,13 @@ def render(text):
     parts = {
         "options": options,
         "demo": lambda: accuracy("demo"),
-        "cifar10-jpeg": lambda: accuracy("cifar10-jpeg"),
         "speed-cpu": lambda: measured(lambda: speed("cpu"), "bench.py"),
         "speed-cuda": lambda: measured(lambda: speed("cuda"), "bench.py --device cuda"),
         "choices": lambda: measured(choices, "bench.py --only choices"),
+        "findings-small": lambda: measured(lambda: reproduction("small", "findings"), "reproduce.py --scale small"),
+        "verdicts": lambda: measured(verdicts, "reproduce.py --scale small"),
+        "views": lambda: measured(lambda: reproduction("small", "views"), "reproduce.py --scale small"),
+        "findings-full": lambda: measured(lambda: reproduction("full", "findings"), "reproduce.py --scale full"),
         "precision": lambda: measured(precision, "accuracy.py precision"),
     }
     for name, part in parts.items():

@@ -515,3 +515,32 @@ def test_balanced_subset():
     for too_many in (labels, None):
         with pytest.raises(UsageError, match="85"):
             subset(85, labels=too_many)
+
+
+# -------------------------------------------------------------------------------------------------- views
+
+
+def test_a_grid_is_of_crops_at_even_distances():
+    """At its own size a crop is the pixels themselves."""
+    images = data.load_images("textures", "", False).images[:3]
+    for n, places in ((1, [8]), (3, [8]), (4, [0, 16]), (9, [0, 8, 16]), (20, [0, 5, 11, 16])):
+        views = data.sample_views(images, n, "grid", None, 16)
+        expected = [images[:, :, i : i + 16, j : j + 16] / 127.5 - 1 for i in places for j in places]
+        torch.testing.assert_close(views, torch.stack(expected), rtol=0, atol=1e-6)
+    large = data.sample_views(images, 4, "grid", None)
+    expected = F.interpolate(images[:, :, :16, 16:] / 127.5 - 1, size=32, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(large[1], expected, rtol=0, atol=1e-5)
+
+
+def test_random_crops_are_crops_and_nothing_else():
+    images = torch.arange(2 * 3 * 32 * 32).remainder(251).view(2, 3, 32, 32).to(torch.uint8)
+    views = data.sample_views(images, 400, "crops", data.generator(0, "t"), 16)
+    assert views.shape == (400, 2, 3, 16, 16)
+    for b in range(2):
+        windows = images[b].unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4).reshape(17 * 17, 3 * 16 * 16)
+        seen = views[:, b].flatten(1).add(1).mul(127.5).round().to(torch.uint8)
+        distance = torch.cdist(seen.double(), windows.double())
+        assert (distance.min(1).values == 0).all()
+        assert len(distance.argmin(1).unique()) > 150  # of 289 places, 400 draws: 217 are expected
+    again = data.sample_views(images, 400, "crops", data.generator(0, "t"), 16)
+    assert torch.equal(views, again)

@@ -154,7 +154,7 @@ class Evil:
 def test_a_checkpoint_that_would_run_code(copy, monkeypatch):
     monkeypatch.chdir(copy)
     for path in (copy / "checkpoints").iterdir():
-        torch.save({"format": 1, "encoder": Evil()}, path)
+        torch.save({"format": experiment.FORMAT, "encoder": Evil()}, path)
     assert run("resume", "--exp_dir", copy).code == 1
     for path in (copy / "checkpoints").iterdir():
         path.write_bytes(pickle.dumps(Evil()))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from evaluate import accuracy, encode, knn, linear_probe
+from evaluate import LRS, accuracy, encode, knn, linear_probe
 from model import Encoder
 
 
@@ -85,6 +85,38 @@ def test_linear_probe_equals_steps_written_out():
     _, layer = linear_probe(x, y, x, y, 3, lr=lr, n_epochs=2, bs=20, weight_decay=wd, seed=7, bf16=True)
     error = torch.cat([layer.weight, layer.bias[:, None]], 1) - W
     assert 0 < error.norm() < 1e-2 * W.norm()
+
+
+def test_linear_probe_chooses_its_rate_on_a_held_out_tenth_and_never_on_the_test_images():
+    (x, y), (x_test, y_test) = blobs(400, 0), blobs(50, 1)
+    x = 0.1 * x + 0.15 * torch.randn(400, 2, generator=torch.Generator().manual_seed(2))  # small: the greater rates learn more
+    settings = dict(n_classes=3, n_epochs=2, bs=20, seed=3)
+    result, layer = linear_probe(x, y, x_test, y_test, **settings)
+    tenth = torch.zeros(400, dtype=torch.bool)
+    tenth[data.balanced_subset(y, 400, 40, data.generator(3, "held-out"))] = True
+    for lr in LRS:  # each rate by itself: trained on nine tenths, tested on the tenth
+        alone, _ = linear_probe(x[~tenth], y[~tenth], x[tenth], y[tenth], lr=lr, **settings)
+        assert alone["top1"] == result["held_out"][lr]
+    assert len(set(result["held_out"].values())) > 2
+    assert result["held_out"][result["lr"]] == max(result["held_out"].values())
+    again, other = linear_probe(x, y, x_test, y_test, lr=result["lr"], **settings)
+    assert torch.equal(layer.weight, other.weight)  # refitted on all of x
+    assert (again["top1"], again["held_out"]) == (result["top1"], {})
+    shuffled, other = linear_probe(x, y, x_test, y_test[torch.randperm(50)], **settings)
+    assert (shuffled["lr"], shuffled["held_out"]) == (result["lr"], result["held_out"])
+    assert torch.equal(layer.weight, other.weight)
+    few, _ = linear_probe(x[:9], y[:9], x_test, y_test, **settings)
+    assert (few["lr"], few["held_out"]) == (0.0075, {})
+
+
+@pytest.mark.parametrize(("views", "n"), [("crops", 3), ("grid", 4), ("augmented", 3)])
+def test_encode_takes_the_views_and_the_size_that_it_is_told(encoder, images, views, n):
+    encoder.eval()
+    pooled = encode(encoder, images, n, seed=1, split="t", bs=10, views=views, size=16)["embeddings"]
+    x = data.sample_views(images, n, views, data.generator(1, "encode-t"), 16)
+    with torch.no_grad():
+        h = torch.stack([encoder(x[v])[0] for v in range(n)]).mean(0)
+    torch.testing.assert_close(pooled, h, rtol=1e-4, atol=1e-5)
 
 
 def test_accuracy_counts_every_row():

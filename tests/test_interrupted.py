@@ -116,7 +116,7 @@ def test_a_probe_that_was_killed_between_its_files_is_fitted_again(finished, tmp
     monkeypatch.setattr(experiment, "write_json", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
     assert run("resume", "--exp_dir", exp_dir).code == 143
     monkeypatch.undo()
-    edit(exp_dir, eval_lr=0.0075)
+    edit(exp_dir, eval_lr="null")
     assert run("resume", "--exp_dir", exp_dir).code == 0
     assert contents(exp_dir) == contents(finished)
 

@@ -120,7 +120,9 @@ def test_a_probe_setting_runs_only_the_probe_again(copy):
     assert json.loads((copy / "linear_accuracy.json").read_text())["key"]["eval_lr"] == 0.1
 
 
-@pytest.mark.parametrize("change", [{"test_patches": 3}, {"emb_pool": "proj"}, {"save_proj": "true"}])
+@pytest.mark.parametrize(
+    "change", [{"test_patches": 3}, {"emb_pool": "proj"}, {"save_proj": "true"}, {"eval_views": "crops"}]
+)
 def test_an_encode_setting_encodes_and_probes_again(copy, change):
     before = fingerprints(copy)
     edit(copy, **change)
@@ -168,6 +170,38 @@ def test_what_the_weights_rule_out_is_refused(copy, change, words):
     assert result.err.count("\n") == 1
     assert all(word in result.err for word in words), result.err
     assert fingerprints(copy) == before
+
+
+def test_a_part_of_an_epoch_and_the_rest_of_it(tiny, tmp_path):
+    """1.5 epochs of 6 steps: 9 steps and a cosine over them; then on to 2 epochs, from the middle of the second."""
+    trained_with("--n_epochs", "1.5", "--print_freq", "1", tiny=tiny, tmp_path=tmp_path)
+    exp_dir = tmp_path / RUN
+    lines = [json.loads(line) for line in (exp_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(0, n) for n in range(1, 7)] + [(1, 1), (1, 2), (1, 3)]
+    assert [line["lr"] for line in lines] == pytest.approx([0.15 * (1 + math.cos(math.pi * t / 9)) for t in range(9)])
+    assert {path.name for path in (exp_dir / "checkpoints").iterdir()} == {"0.pt", "last.pt"}
+    before = fingerprints(exp_dir)
+    assert run("resume", "--exp_dir", exp_dir).code == 0
+    assert fingerprints(exp_dir) == before
+    edit(exp_dir, n_epochs=1.25)
+    assert run("resume", "--exp_dir", exp_dir).code == 2
+    edit(exp_dir, n_epochs=2)
+    result = run("resume", "--exp_dir", exp_dir)
+    assert "Going on at epoch 1 step 3" in result.out
+    assert (exp_dir / "checkpoints" / "1.pt").exists()
+    assert len((exp_dir / "metrics.jsonl").read_text().splitlines()) == 9 + 1 + 3  # a line says that n_epochs changed
+
+
+def test_a_preset_is_ordinary_hyperparameters(finished, tmp_path):
+    options = ["--dataset", "textures", "--n_epochs", "0", "--n_eval_epochs", "1", "--n_images", "100", "--test_patches", "1"]
+    result = run("train", "--preset", "one-minute", *options, "--log_folder", tmp_path)
+    assert result.code == 0, result.err
+    hp = vars(experiment.read_hparams(next(tmp_path.iterdir())))
+    given = {"dataset": "textures", "n_epochs": 0, "n_eval_epochs": 1, "n_images": 100, "test_patches": 1}
+    defaults = {param.name: param.default for param in experiment.PARAMS}
+    assert hp == {**defaults, **experiment.PRESETS["one-minute"], **given}
+    result = run("train", "--preset", "one-minute", "--config_from", finished, "--log_folder", tmp_path)
+    assert (result.code, len(list(tmp_path.iterdir()))) == (2, 1)
 
 
 def test_more_epochs_after_none_at_all(tiny, finished, tmp_path):
@@ -232,7 +266,7 @@ def test_train_again_goes_on_says_what_differs_and_starts_over_only_when_told(ti
 
     result = run(*again, "--eval-lr=0.5")
     assert result.code == 0
-    assert "eval_lr is 0.0075 in" in result.out
+    assert "eval_lr is None in" in result.out
     assert experiment.read_hparams(exp_dir).eval_lr == 0.5
 
     before = fingerprints(exp_dir)
@@ -270,6 +304,8 @@ def test_config_from_another_run(finished, tmp_path):
         {"optimizer": "sgd", "lr": 0.01, "weight_decay": 0.1},
         {"uniformity_loss": "vonmises", "uniformity_loss_weight": 30.0},
         {"tcr_eps": 0.5, "invariance_loss_weight": 3.0, "weight_decay": 0.5, "n_patches": 3, "seed": 7},
+        {"n_patches": 4, "bags": 2, "input_size": 8, "n_epochs": 1.5},
+        {"schedule": "constant"},
     ],
 )
 def test_training_is_what_a_plain_loop_does(tiny, tmp_path, options):
@@ -287,12 +323,15 @@ def test_training_is_what_a_plain_loop_does(tiny, tmp_path, options):
     else:
         settings = {"momentum": 0.9, "nesterov": True, "weight_decay": hp.weight_decay, "eta": 0.005, "clip": True}
         optimizer = LARS(encoder.parameters(), 1, **settings)
-    for t in range(6):
+    n_total = math.ceil(3 * hp.n_epochs)
+    for t in range(n_total):
         epoch, step = divmod(t, 3)
-        optimizer.param_groups[0]["lr"] = hp.lr * (1 + math.cos(math.pi * t / 6)) / 2
+        optimizer.param_groups[0]["lr"] = hp.lr * (1 + math.cos(math.pi * t / n_total)) / 2 if hp.schedule == "cosine" else hp.lr
         batch = torch.randperm(13, generator=data.generator(hp.seed, "order", epoch))[4 * step : 4 * step + 4]
-        x = data.sample_patches(pixels[batch], hp.n_patches, data.generator(hp.seed, "patches", epoch, step), 16)
+        x = data.sample_patches(pixels[batch], hp.n_patches, data.generator(hp.seed, "patches", epoch, step), hp.input_size or 16)
         z = encoder(x.flatten(0, 1))[1].view(hp.n_patches, 4, 4)
+        if hp.bags == 2:  # patches 0 and 1 of an image as those of two images, and so on
+            z = torch.stack([torch.cat([z[0], z[1]]), torch.cat([z[2], z[3]])])
         invariance = loss.invariance_loss(z)  # first: in what order autograd adds gradients decides their last bits
         uniformity = loss.vonmises_loss(z) if hp.uniformity_loss == "vonmises" else loss.tcr_loss(z, hp.tcr_eps)
         optimizer.zero_grad()
@@ -369,7 +408,7 @@ def test_options_run_through(tiny, tmp_path, options):
     assert "===> Report" in result.out
     hp = experiment.read_hparams(next(tmp_path.glob("default__*")))
     for name, value in re.findall(r"--(\w+) ([\w.]+)", options):
-        assert str(getattr(hp, name)) == value
+        assert str(getattr(hp, name)).removesuffix(".0") == value.removesuffix(".0")
 
 
 def test_no_epochs_leave_the_seeded_random_encoder(tiny, tmp_path):
@@ -404,7 +443,7 @@ def test_pretrained_projection_is_loaded_and_frozen(tiny, finished, tmp_path):
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             assert torch.equal(theirs[name], ours[name]) == name.startswith("projection."), name
 
-    torch.save({"format": 1, "encoder": {"backbone.conv1.weight": torch.ones(1)}}, tmp_path / "none.pt")
+    torch.save({"format": experiment.FORMAT, "encoder": {"backbone.conv1.weight": torch.ones(1)}}, tmp_path / "none.pt")
     for path, words in ((tmp_path / "none.pt", "holds no projection"), (tmp_path / "missing.pt", "is not a file")):
         result = run(*tiny, "--pretrained_proj", path, "--log_folder", tmp_path / "other")
         assert (result.code, (tmp_path / "other").exists()) == (2, False)
