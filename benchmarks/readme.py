@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import reproduce  # noqa: E402
 
 import experiment  # noqa: E402
 
@@ -109,23 +111,39 @@ def precision():
 
 
 def reproduction(scale, table):
-    """A row for each experiment: what it is, what is published, what came out."""
-    results = read("reproduction")[scale]
-    rows = ["| setting | options | published, full size | top-1 here | 20-NN | seconds |", "| ---" * 6 + " |"]
-    entries = [entry for entry in results["rows"].values() if entry["table"] == table]
-    for entry in entries:
-        done = [run for run in entry["runs"] if "failed" not in run]
-        options = f"`{entry['options']}`" if entry["options"] else ""
-        cells = [spread(done, "top1"), "", ""] if done else [entry["runs"][0]["failed"].split(";")[0], "", ""]
-        if done and "knn_top1" in done[0]:
-            cells[1:] = spread(done, "knn_top1"), f"{statistics.median(sum(r['seconds'].values()) for r in done):.0f}"
-        rows.append("| " + " | ".join([entry["title"], options, entry["published"], *cells]) + " |")
-    size = f"{entries[0]['n_images']:,} training images of " if entries[0]["n_images"] else ""
-    seeds = sorted({len(entry["runs"]) for entry in entries})
-    rows += ["", f"{size}{entries[0]['data']}, all test images; every row starts from `{results['base']}`. Mean (least to "
-             f"greatest) of {seeds[0]} to {seeds[-1]} seeds; seconds of training, encoding and probe. Measured by "
-             f"`python benchmarks/reproduce.py --scale {scale}` on: {machine(entries[0])}."]  # fmt: skip
-    return "\n".join(rows)
+    """A row for each experiment: what it is, what is published, what came out; "not yet measured" where nothing did."""
+    results = experiment.read_json(reproduce.RESULTS).get(scale, {"rows": {}})
+    lines = ["| setting | options | published, full size | top-1 here | 20-NN | seconds |", "| ---" * 6 + " |"]
+    rows = [row for row in reproduce.ROWS if row.table == table and getattr(row, scale) is not None]
+    entries = {row.name: results["rows"][row.name] for row in rows if row.name in results["rows"]}
+    for row in rows:
+        options = f"`{getattr(row, scale)}`" if getattr(row, scale) else ""
+        cells = outcome(entries[row.name]["runs"]) if row.name in entries else ["not yet measured", "", ""]
+        lines.append("| " + " | ".join([row.title, options, row.published, *cells]) + " |")
+    lines += ["", f"Every row starts from `{reproduce.BASE[scale]}`; `--only` takes the names that `--list` prints."]
+    if entries:
+        entry = next(iter(entries.values()))
+        size = f"{entry['n_images']:,} training images of " if entry["n_images"] else ""
+        seeds = sorted({len(entry["runs"]) for entry in entries.values()})
+        lines[-1] += (f" {size}{entry['data']}, all test images. Mean (least to greatest) of {seeds[0]} to {seeds[-1]} seeds; "
+                      f"seconds of training, encoding and probe. Measured by `python benchmarks/reproduce.py --scale {scale}` "
+                      f"on: {machine(entry)}.")  # fmt: skip
+    if "two-epochs-20" in entries:
+        losses = entries["two-epochs-20"]["runs"][0]["losses"]
+        told = "; ".join(f"{invariance:.3f}, {uniformity:.1f}" for invariance, uniformity in (epoch["last"] for epoch in losses))
+        lines[-1] += f" Losses at the end of the epochs of 20 patches, 2 epochs: {told}."
+    return "\n".join(lines)
+
+
+def outcome(runs):
+    """Top-1, 20-NN and seconds of a row, or why it failed."""
+    done = [run for run in runs if "failed" not in run]
+    if not done:
+        return [runs[0]["failed"].split(";")[0], "", ""]
+    if "knn_top1" not in done[0]:
+        return [spread(done, "top1"), "", ""]
+    seconds = statistics.median(sum(run["seconds"].values()) for run in done)
+    return [spread(done, "top1"), spread(done, "knn_top1"), f"{seconds:.0f}"]
 
 
 # What the findings say: the first of the two rows is the better one.
@@ -141,7 +159,7 @@ FINDINGS = (
 
 def verdicts():
     """Whether the small rows are in the order of the findings, and whether the seeds' ranges are apart."""
-    entries, lines = read("reproduction")["small"]["rows"], []
+    entries, lines = json.loads(reproduce.RESULTS.read_text())["small"]["rows"], []
     for claim, better, worse in FINDINGS:
         a, b = ([run["top1"] for run in entries[name]["runs"] if "failed" not in run] for name in (better, worse))
         if not b:
@@ -152,6 +170,25 @@ def verdicts():
         lines.append(f"- {claim}: {'holds' if gap > 0 else 'does **not** hold'} here, {gap:+.1f} points "
                      f"({'' if apart else 'within the range of the seeds; '}`{better}` less `{worse}`)")  # fmt: skip
     return "\n".join(lines)
+
+
+def one_minute():
+    """A row for each try, the best first: accuracy, and training time as a multiple of the base's."""
+    results = read("one-minute")
+    tries, base = results["tries"], results["tries"]["base"]["runs"]
+
+    def middle(runs, seconds=False):
+        return statistics.mean(run["seconds"]["training"] if seconds else run["top1"] for run in runs)
+
+    rows = ["| what is changed | options | top-1 | less the base | training time |", "| ---" * 5 + " |"]
+    for name, entry in sorted(tries.items(), key=lambda item: -middle(item[1]["runs"])):
+        runs = entry["runs"]
+        options = f"`{entry['options']}`" if entry["options"] else "a change to the program" if entry["changed"] else ""
+        rows.append(f"| {name} | {options} | {spread(runs, 'top1')} | {middle(runs) - middle(base):+.1f} | "
+                    f"{middle(runs, True) / middle(base, True):.2f} |")  # fmt: skip
+    rows += ["", f"{results['data']}; each starts from `{results['base']}`. {len(base)} seeds of the base, one of most others. "
+             f"Measured by `python benchmarks/one_minute.py` on: {machine(results)}."]  # fmt: skip
+    return "\n".join(rows)
 
 
 def measured(part, command):
@@ -196,7 +233,8 @@ def render(text):
         "findings-small": lambda: measured(lambda: reproduction("small", "findings"), "reproduce.py --scale small"),
         "verdicts": lambda: measured(verdicts, "reproduce.py --scale small"),
         "views": lambda: measured(lambda: reproduction("small", "views"), "reproduce.py --scale small"),
-        "findings-full": lambda: measured(lambda: reproduction("full", "findings"), "reproduce.py --scale full"),
+        "findings-full": lambda: reproduction("full", "findings"),
+        "one-minute": lambda: measured(one_minute, "one_minute.py"),
         "precision": lambda: measured(precision, "accuracy.py precision"),
     }
     for name, part in parts.items():

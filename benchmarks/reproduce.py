@@ -54,7 +54,7 @@ ROWS = [
     Row("untrained", "its encoder, untrained", "", "--n_epochs 0", "--n_epochs 0"),
     Row("raw-pixels", "raw pixels", "", "", "", 1),
     Row("one-epoch-20", "20 patches, 1 epoch", "84.2 (authors)", "--n_patches 20 --n_epochs 1", None),
-    Row("two-epochs-20", "20 patches, 2 epochs", "", "--n_patches 20", None),
+    Row("two-epochs-20", "20 patches, 2 epochs", "losses -0.803, -168.5; -0.811, -173.5 (document)", "--n_patches 20", None),
     Row("ten-epochs-20", "20 patches, 10 epochs", "90.7 (authors, of 30)", "--n_patches 20 --n_epochs 10", None),
     Row("thirty-epochs-20", "20 patches, 30 epochs", "93.1 (authors)", "--n_patches 20 --n_epochs 30", None),
     Row("more-patches", "more patches", "", "--n_patches 100", "--n_patches 20"),
