@@ -2,13 +2,12 @@
 
 import functools
 import math
-from collections import deque
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import balanced_subset, generator, sample_views, to_device
+from data import generator, sample_views, to_device
 from model import fold_batch_norm
 
 
@@ -46,7 +45,8 @@ def encode(
     return {"embeddings": torch.cat(embeddings).cpu(), "n_views": len(x), **encoded}
 
 
-LRS = (0.00075, 0.0025, 0.0075, 0.025, 0.075, 0.25)  # around the authors' .0075
+AUTHORS_LR = 0.0075
+LRS = (0.00075, 0.0025, AUTHORS_LR, 0.025, 0.075, 0.25)
 
 
 def linear_probe(
@@ -64,14 +64,13 @@ def linear_probe(
                             seed=seed, bf16=bf16, progress=progress)  # fmt: skip
     held_out = {}
     if lr is None and len(x) < 10:
-        lr = 0.0075
+        lr = AUTHORS_LR
     if lr is None:
-        tenth = torch.zeros(len(x), dtype=torch.bool)
-        tenth[balanced_subset(y.cpu(), len(x), len(x) // 10, generator(seed, "held-out"))] = True
-        tenth = tenth.to(x.device)
-        (layers,) = deque(fit(x[~tenth], y[~tenth], lrs=LRS), maxlen=1)  # after the last epoch
+        order = to_device(torch.randperm(len(x), generator=generator(seed, "held-out")), x.device)
+        tenth, rest = order.split([len(x) // 10, len(x) - len(x) // 10])
+        *_, layers = fit(x[rest], y[rest], lrs=LRS)  # after the last epoch
         held_out = {rate: accuracy(layer, x[tenth], y[tenth])[0] for rate, layer in zip(LRS, layers, strict=True)}
-        lr = max(held_out, key=held_out.get)
+        lr = max(LRS, key=lambda rate: (held_out[rate], -abs(math.log(rate / AUTHORS_LR))))  # of equals the nearest to it
     per_epoch = []
     for (layer,) in fit(x, y, lrs=[lr]):
         per_epoch.append(accuracy(layer, x_test, y_test))

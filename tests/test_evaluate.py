@@ -92,10 +92,10 @@ def test_linear_probe_chooses_its_rate_on_a_held_out_tenth_and_never_on_the_test
     x = 0.1 * x + 0.15 * torch.randn(400, 2, generator=torch.Generator().manual_seed(2))  # small: the greater rates learn more
     settings = dict(n_classes=3, n_epochs=2, bs=20, seed=3)
     result, layer = linear_probe(x, y, x_test, y_test, **settings)
-    tenth = torch.zeros(400, dtype=torch.bool)
-    tenth[data.balanced_subset(y, 400, 40, data.generator(3, "held-out"))] = True
+    order = torch.randperm(400, generator=data.generator(3, "held-out"))
+    tenth, rest = order[:40], order[40:]
     for lr in LRS:  # each rate by itself: trained on nine tenths, tested on the tenth
-        alone, _ = linear_probe(x[~tenth], y[~tenth], x[tenth], y[tenth], lr=lr, **settings)
+        alone, _ = linear_probe(x[rest], y[rest], x[tenth], y[tenth], lr=lr, **settings)
         assert alone["top1"] == result["held_out"][lr]
     assert len(set(result["held_out"].values())) > 2
     assert result["held_out"][result["lr"]] == max(result["held_out"].values())
@@ -105,6 +105,9 @@ def test_linear_probe_chooses_its_rate_on_a_held_out_tenth_and_never_on_the_test
     shuffled, other = linear_probe(x, y, x_test, y_test[torch.randperm(50)], **settings)
     assert (shuffled["lr"], shuffled["held_out"]) == (result["lr"], result["held_out"])
     assert torch.equal(layer.weight, other.weight)
+    tied, _ = linear_probe(*blobs(400, 0), x_test, y_test, **{**settings, "n_epochs": 20})
+    assert list(tied["held_out"].values()).count(100) > 2  # on an easy set several rates are right throughout
+    assert tied["lr"] == 0.0075
     few, _ = linear_probe(x[:9], y[:9], x_test, y_test, **settings)
     assert (few["lr"], few["held_out"]) == (0.0075, {})
 
