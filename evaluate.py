@@ -68,8 +68,8 @@ def linear_probe(
     if lr is None:
         order = to_device(torch.randperm(len(x), generator=generator(seed, "held-out")), x.device)
         tenth, rest = order.split([len(x) // 10, len(x) - len(x) // 10])
-        *_, layers = fit(x[rest], y[rest], lrs=LRS)  # after the last epoch
-        held_out = {rate: accuracy(layer, x[tenth], y[tenth])[0] for rate, layer in zip(LRS, layers, strict=True)}
+        for layers in fit(x[rest], y[rest], lrs=LRS):
+            held_out = {rate: accuracy(layer, x[tenth], y[tenth])[0] for rate, layer in zip(LRS, layers, strict=True)}
         lr = max(LRS, key=lambda rate: (held_out[rate], -abs(math.log(rate / AUTHORS_LR))))  # of equals the nearest to it
     per_epoch = []
     for (layer,) in fit(x, y, lrs=[lr]):

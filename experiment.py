@@ -139,7 +139,7 @@ PARAMS = [
 
 # Named sets of hyperparameters, for train --preset NAME.
 PRESETS = {
-    "one-minute": {"n_patches": 10, "input_size": 16, "n_epochs": 10.0, "test_patches": 9, "eval_views": "grid"},
+    "one-minute": {"arch": "resnet18-mini", "input_size": 16, "n_patches": 10, "n_epochs": 10.0, "test_patches": 9},
 }
 
 
@@ -244,7 +244,7 @@ def n_steps_done(checkpoint):
 
 def n_steps_in(n_epochs, n_steps):
     """Steps in so many epochs of n_steps each; n_epochs need not be whole."""
-    return math.ceil(round(n_epochs * n_steps, 6))
+    return math.ceil(round(n_epochs * max(1, n_steps), 6))  # an untrained encoder may have met fewer images than bs
 
 
 # ------------------------------------------------------------------------------------------- run folder

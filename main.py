@@ -212,7 +212,7 @@ def run(hp, exp_dir, start_over=False):
     test_patches = hp.test_patches or hp.n_patches
     bs = max(1, hp.bs * hp.n_patches // test_patches)  # as many patches at once as in training: that much fits
     encode_key = {"encoder": weights, "bs": bs, "test_patches": test_patches, "eval_views": hp.eval_views,
-                  "emb_pool": hp.emb_pool, "save_proj": hp.save_proj}  # fmt: skip
+                  "input_size": hp.input_size, "emb_pool": hp.emb_pool, "save_proj": hp.save_proj}  # fmt: skip
     class_names = checkpoint["data"]["class_names"]
     splits = [split for split in ("train", "test") if checkpoint["data"][split]]
     encoded = {split: load_cached(exp_dir / "artifacts" / f"{split}.pt", encode_key) for split in splits}
@@ -464,7 +464,8 @@ def restore(hp, exp_dir, optimizer, checkpoint, changed, n_steps, device):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})
         state = SimpleNamespace(**{key: checkpoint[key] for key in vars(state)})
         if "bs" in changed:  # the same images lie behind us; their losses were of other batches
-            state.step = min(state.step * changed["bs"][0] // hp.bs, n_steps - 1)
+            left = experiment.n_steps_in(hp.n_epochs, n_steps) - state.epoch * n_steps
+            state.step = min(state.step * changed["bs"][0] // hp.bs, n_steps - 1, left - 1)
             state.totals, state.n_totals, state.recent = torch.zeros(3), 0, torch.zeros(0, 3)
         say(f"* Going on at epoch {state.epoch} step {state.step}")
     for name, (old, new) in changed.items():
@@ -551,8 +552,8 @@ def draw_patches(pixels, hp, path):
     """A picture: a row for each of the images (n, 3, h, w), itself and then up to 20 patches as the network sees them."""
     size, n = hp.input_size or pixels.shape[-1], min(hp.n_patches, 20)
     x = data.sample_patches(pixels, n, data.generator(hp.seed, "picture"), size)  # (P, n, 3, size, size)
-    whole = F.interpolate(pixels.float() / 255, size=(size, size), mode="bilinear", antialias=True)
-    rows = torch.cat([whole[None], (x + 1) / 2]).transpose(0, 1).flatten(0, 1).cpu()
+    whole = F.interpolate(pixels.cpu().float() / 255, size=(size, size), mode="bilinear", antialias=True)  # not on mps
+    rows = torch.cat([whole[None], (x.cpu() + 1) / 2]).transpose(0, 1).flatten(0, 1)
     grid = torchvision.utils.make_grid(rows, nrow=n + 1, pad_value=1.0)
     picture = Image.fromarray(grid.mul(255).round().byte().permute(1, 2, 0).numpy())
     with experiment.replacing(path) as file:

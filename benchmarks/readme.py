@@ -112,10 +112,11 @@ def precision():
 
 def reproduction(scale, table):
     """A row for each experiment: what it is, what is published, what came out; "not yet measured" where nothing did."""
-    results = experiment.read_json(reproduce.RESULTS).get(scale, {"rows": {}})
+    results = experiment.read_json(reproduce.RESULTS).get(scale, {})
     lines = ["| setting | options | published, full size | top-1 here | 20-NN | seconds |", "| ---" * 6 + " |"]
     rows = [row for row in reproduce.ROWS if row.table == table and getattr(row, scale) is not None]
-    entries = {row.name: results["rows"][row.name] for row in rows if row.name in results["rows"]}
+    entries = {row.name: results[row.name] for row in rows
+               if results.get(row.name, {}).get("options") == reproduce.all_options(row, scale)}  # else it was another row
     for row in rows:
         options = f"`{getattr(row, scale)}`" if getattr(row, scale) else ""
         cells = outcome(entries[row.name]["runs"]) if row.name in entries else ["not yet measured", "", ""]
@@ -128,7 +129,7 @@ def reproduction(scale, table):
         lines[-1] += (f" {size}{entry['data']}, all test images. Mean (least to greatest) of {seeds[0]} to {seeds[-1]} seeds; "
                       f"seconds of training, encoding and probe. Measured by `python benchmarks/reproduce.py --scale {scale}` "
                       f"on: {machine(entry)}.")  # fmt: skip
-    if "two-epochs-20" in entries:
+    if "losses" in entries.get("two-epochs-20", {"runs": [{}]})["runs"][0]:
         losses = entries["two-epochs-20"]["runs"][0]["losses"]
         told = "; ".join(f"{invariance:.3f}, {uniformity:.1f}" for invariance, uniformity in (epoch["last"] for epoch in losses))
         lines[-1] += f" Losses at the end of the epochs of 20 patches, 2 epochs: {told}."
@@ -159,11 +160,14 @@ FINDINGS = (
 
 def verdicts():
     """Whether the small rows are in the order of the findings, and whether the seeds' ranges are apart."""
-    entries, lines = json.loads(reproduce.RESULTS.read_text())["small"]["rows"], []
+    results, lines = experiment.read_json(reproduce.RESULTS).get("small", {}), []
     for claim, better, worse in FINDINGS:
-        a, b = ([run["top1"] for run in entries[name]["runs"] if "failed" not in run] for name in (better, worse))
-        if not b:
-            lines.append(f"- {claim}: holds, `{worse}` failed")
+        if better not in results or worse not in results:
+            lines.append(f"- {claim}: not yet measured")
+            continue
+        a, b = ([run["top1"] for run in results[name]["runs"] if "failed" not in run] for name in (better, worse))
+        if not a or not b:
+            lines.append(f"- {claim}: {'does **not** hold' if b else 'holds'} here, `{worse if a else better}` diverged")
             continue
         gap = statistics.mean(a) - statistics.mean(b)
         apart = min(a) > max(b) or min(b) > max(a)
@@ -181,12 +185,17 @@ def one_minute():
         return statistics.mean(run["seconds"]["training"] if seconds else run["top1"] for run in runs)
 
     rows = ["| what is changed | options | top-1 | less the base | training time |", "| ---" * 5 + " |"]
-    for name, entry in sorted(tries.items(), key=lambda item: -middle(item[1]["runs"])):
-        runs = entry["runs"]
+    done = {name: [run for run in entry["runs"] if "failed" not in run] for name, entry in tries.items()}
+    for name, runs in sorted(done.items(), key=lambda item: -middle(item[1]) if item[1] else 0):
+        entry = tries[name]
+        if not runs:
+            rows.append(f"| {name} | `{entry['options']}` | {entry['runs'][0]['failed'].split(';')[0]} | | |")
+            continue
         options = f"`{entry['options']}`" if entry["options"] else "a change to the program" if entry["changed"] else ""
         rows.append(f"| {name} | {options} | {spread(runs, 'top1')} | {middle(runs) - middle(base):+.1f} | "
                     f"{middle(runs, True) / middle(base, True):.2f} |")  # fmt: skip
-    rows += ["", f"{results['data']}; each starts from `{results['base']}`. {len(base)} seeds of the base, one of most others. "
+    seeds = sorted(map(len, done.values()))
+    rows += ["", f"{results['data']}; each starts from `{results['base']}` (seeds: {seeds[0]} to {seeds[-1]}). "
              f"Measured by `python benchmarks/one_minute.py` on: {machine(results)}."]  # fmt: skip
     return "\n".join(rows)
 
@@ -194,7 +203,7 @@ def one_minute():
 def measured(part, command):
     try:
         return part()
-    except (FileNotFoundError, KeyError):
+    except FileNotFoundError:
         return f"Not yet measured. The command is `python benchmarks/{command}`."
 
 

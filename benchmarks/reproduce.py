@@ -2,7 +2,7 @@
 
     python benchmarks/reproduce.py --scale small                     # about half an hour on two cores
     python benchmarks/reproduce.py --scale full --seeds 1            # for a GPU
-    python benchmarks/reproduce.py --scale small --only lars sgd
+    python benchmarks/reproduce.py --scale small --only base sgd
     python benchmarks/reproduce.py --scale small --list              # the command of each row
 
 CIFAR-10 is downloaded; --dataset folder --data_dir DIR takes images in train/<class> and test/<class> instead. Each run goes
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ DATA = {"cifar10": "CIFAR-10", "folder": "CIFAR-10 (JPEG)"}
 
 # What every row of a scale starts from; the program's defaults say the rest.
 BASE = {
-    "full": "--n_patches 50 --n_epochs 2",
+    "full": "--n_patches 50 --n_epochs 2 --test_patches 25",
     "small": "--n_images 5000 --arch resnet18-imagenet --input_size 16 --h_dim 1024 --z_dim 256 --n_patches 8 --bs 50 "
              "--n_epochs 1 --test_patches 9 --n_eval_epochs 50",
 }  # fmt: skip
@@ -79,7 +80,7 @@ ROWS = [
     Row("bottleneck-2", "the same, 2 patches", "fine too (document)",
         f"{VONMISES} --n_patches 2 --n_epochs 10 --z_dim 4096 --h_dim 256",
         f"{VONMISES} --n_patches 2 --n_epochs 3 --z_dim 1024 --h_dim 64", 1),
-    Row("cifar-stem", "the whole CIFAR network", "", "--n_patches 20 --n_epochs 1",
+    Row("cifar-stem", "the whole CIFAR network", "", None,
         "--arch resnet18-cifar --n_patches 4 --test_patches 4"),
     Row("mini", "without its last stage", "about 81 (reported)", "--arch resnet18-mini --n_patches 20 --n_epochs 1",
         "--arch resnet18-mini --n_patches 4 --test_patches 4"),
@@ -103,6 +104,10 @@ def command(row, scale, seed, options):
     return ["train", "--exp_name", name, "--log_folder", log_folder, "--seed", str(seed), *shlex.split(text)]
 
 
+def all_options(row, scale):
+    return f"{BASE[scale]} {getattr(row, scale)}".strip()
+
+
 def measure(argv):
     """Run it, or what is left of it; returns its result, or why it failed."""
     args = main.parse(argv)
@@ -110,8 +115,9 @@ def measure(argv):
     with contextlib.redirect_stderr(errors):
         code = main.main(argv)
     print(errors.getvalue(), end="", file=sys.stderr)
-    if code == 1:
-        return {"seed": args.seed, "failed": errors.getvalue().strip().splitlines()[-1].removeprefix("error: ")}
+    last = (errors.getvalue().strip().splitlines() or [""])[-1].removeprefix("error: ")
+    if code == 1 and re.search(r"not finite|is -?(nan|inf)", last):  # it diverged, which is an outcome
+        return {"seed": args.seed, "failed": last}
     if code != 0:
         sys.exit(code)
     (exp_dir,) = Path(args.log_folder).glob(f"{args.exp_name}__*")
@@ -122,14 +128,13 @@ def measure(argv):
 
 def run(row, options):
     scale, seeds = options.scale, options.seeds or (row.seeds if options.scale == "small" else 1)
-    content = experiment.read_json(RESULTS).get(scale) or {"rows": {}}
     argvs = [command(row, scale, 42 + i, options) for i in range(seeds)]
     hp = main.hyperparameters(main.parse(argvs[0]))
     runs = [{"top1": raw_pixels(argvs[0])}] if row.name == "raw-pixels" else [measure(argv) for argv in argvs]
-    entry = {"title": row.title, "table": row.table, "published": row.published, "options": getattr(row, scale),
-             "data": DATA[options.dataset], "n_images": hp.n_images, "runs": runs, "machine": machine(hp.device)}  # fmt: skip
-    content["base"], content["rows"][row.name] = BASE[scale], entry
-    results = {**experiment.read_json(RESULTS), scale: content}  # read again: the runs took their time
+    entry = {"options": all_options(row, scale), "data": DATA[options.dataset], "n_images": hp.n_images, "runs": runs,
+             "machine": machine(hp.device)}  # fmt: skip
+    results = experiment.read_json(RESULTS)
+    results.setdefault(scale, {})[row.name] = entry
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 

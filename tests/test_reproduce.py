@@ -43,7 +43,7 @@ def test_rows_are_run_once_and_a_failed_one_is_told(options, monkeypatch):
     for row in (base, untrained, broken):
         reproduce.run(row, options)
     text = reproduce.RESULTS.read_text()
-    rows = json.loads(text)["small"]["rows"]
+    rows = json.loads(text)["small"]
     for name in ("base", "untrained"):
         folders = [next((reproduce.Path(options.log_folder)).glob(f"{name}-{seed}__*")) for seed in (42, 43)]
         results = [json.loads((folder / "linear_accuracy.json").read_text()) for folder in folders]
