@@ -593,7 +593,7 @@ def encode(hp, exp_dir, encoder, image_set, split, key, bf16):
     path = exp_dir / "artifacts" / f"{split}.pt"
     if hp.save_proj:
         size = 2 * n * n_patches * (hp.h_dim + hp.z_dim)  # float16
-        say(f"* --save_proj: {size / 1e9:.2f} GB for {split}")
+        say(f"* --save_proj: at most {size / 1e9:.2f} GB for {split}")
         if size > shutil.disk_usage(exp_dir).free:
             raise RunError(f"save_proj needs {size / 1e9:.2f} GB in {exp_dir}, more than is free there")
     pixels = image_set.images.to(next(encoder.parameters()).device)

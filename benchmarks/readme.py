@@ -60,7 +60,7 @@ def accuracy(name):
         rows.append(f"| {title} | {spread(runs, 'top1')} | {spread(runs, 'top5')} | {spread(runs, 'knn_top1')} |")
     rows.append(f"| raw pixels | {results['raw_pixels_top1']:.1f}% | | |")
     stages = ", ".join(f"{stage} {seconds(results['trained'], stage)} s" for stage in ("training", "encoding", "probe"))
-    seeds = "1 seed" if n == 1 else f"{n} seeds, mean (least to greatest)"
+    seeds = count([n]) + (", mean (least to greatest)" if n > 1 else "")
     rows += [
         "",
         f"{seeds}. Last epoch of the probe. Time: {stages}; {seconds(results['trained'], 'all')} s in all, after the imports. "
@@ -118,15 +118,15 @@ def reproduction(scale, table):
     entries = {row.name: results[row.name] for row in rows
                if results.get(row.name, {}).get("options") == reproduce.all_options(row, scale)}  # else it was another row
     for row in rows:
-        options = f"`{getattr(row, scale)}`" if getattr(row, scale) else ""
+        options = f"`{getattr(row, scale)}`".replace("{base}", "LAST.pt") if getattr(row, scale) else ""
         cells = outcome(entries[row.name]["runs"]) if row.name in entries else ["not yet measured", "", ""]
         lines.append("| " + " | ".join([row.title, options, row.published, *cells]) + " |")
     lines += ["", f"Every row starts from `{reproduce.BASE[scale]}`; `--only` takes the names that `--list` prints."]
     if entries:
         entry = next(iter(entries.values()))
         size = f"{entry['n_images']:,} training images of " if entry["n_images"] else ""
-        seeds = sorted({len(entry["runs"]) for entry in entries.values()})
-        lines[-1] += (f" {size}{entry['data']}, all test images. Mean (least to greatest) of {seeds[0]} to {seeds[-1]} seeds; "
+        seeds = [len(entry["runs"]) for entry in entries.values()]
+        lines[-1] += (f" {size}{entry['data']}, all test images. Mean (least to greatest) of {count(seeds)}; "
                       f"seconds of training, encoding and probe. Measured by `python benchmarks/reproduce.py --scale {scale}` "
                       f"on: {machine(entry)}.")  # fmt: skip
     if "losses" in entries.get("two-epochs-20", {"runs": [{}]})["runs"][0]:
@@ -134,6 +134,12 @@ def reproduction(scale, table):
         told = "; ".join(f"{invariance:.3f}, {uniformity:.1f}" for invariance, uniformity in (epoch["last"] for epoch in losses))
         lines[-1] += f" Losses at the end of the epochs of 20 patches, 2 epochs: {told}."
     return "\n".join(lines)
+
+
+def count(seeds):
+    """1, 2, 3 as "1 to 3 seeds"."""
+    few, many = min(seeds), max(seeds)
+    return f"{few} to {many} seeds" if few < many else f"{many} seed{'s' if many > 1 else ''}"
 
 
 def outcome(runs):
@@ -154,6 +160,7 @@ FINDINGS = (
     ("patches of one image as negatives hurt", "no-duplicates", "duplicates"),
     ("the network without its last stage is at least as good", "mini", "cifar-stem"),
     ("the whole epoch is better than 75% of it", "base", "three-quarters"),
+    ("the mean projection is as good an embedding as the features", "mean-projection", "base"),
     ("training is worth it", "base", "untrained"),
 )
 
@@ -171,8 +178,9 @@ def verdicts():
             continue
         gap = statistics.mean(a) - statistics.mean(b)
         apart = min(a) > max(b) or min(b) > max(a)
-        lines.append(f"- {claim}: {'holds' if gap > 0 else 'does **not** hold'} here, {gap:+.1f} points "
-                     f"({'' if apart else 'within the range of the seeds; '}`{better}` less `{worse}`)")  # fmt: skip
+        verdict = "does **not** show here" if not apart else "holds here" if gap > 0 else "does **not** hold here"
+        lines.append(f"- {claim}: {verdict}, {gap:+.1f} points{'' if apart else ', less than the seeds differ by'} "
+                     f"(`{better}` less `{worse}`)")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -194,8 +202,8 @@ def one_minute():
         options = f"`{entry['options']}`" if entry["options"] else "a change to the program" if entry["changed"] else ""
         rows.append(f"| {name} | {options} | {spread(runs, 'top1')} | {middle(runs) - middle(base):+.1f} | "
                     f"{middle(runs, True) / middle(base, True):.2f} |")  # fmt: skip
-    seeds = sorted(map(len, done.values()))
-    rows += ["", f"{results['data']}; each starts from `{results['base']}` (seeds: {seeds[0]} to {seeds[-1]}). "
+    seeds = [len(runs) for runs in done.values()]
+    rows += ["", f"{results['data']}; each starts from `{results['base']}` ({count(seeds)}). "
              f"Measured by `python benchmarks/one_minute.py` on: {machine(results)}."]  # fmt: skip
     return "\n".join(rows)
 
@@ -223,7 +231,7 @@ def whole_run(results):
     return (
         f"The whole run on CIFAR-10 (JPEG), from process start to report ({settings}): {ratio(times['plain'], times['warm'])} "
         f"times as fast, {ratio(times['plain'], times['cold'])} times when the images are decoded for the first time; top-1 "
-        f"{spread(warm, 'top1')} against {spread(plain, 'top1')} ({len(plain)} {'seed' if len(plain) == 1 else 'seeds'})."
+        f"{spread(warm, 'top1')} against {spread(plain, 'top1')} ({count([len(plain)])})."
     )
 
 
