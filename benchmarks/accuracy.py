@@ -97,7 +97,8 @@ def raw_pixels(argv):
     tensors = []
     for split in ("train", "test"):
         tensors += [(images[split].images.flatten(1) / 127.5 - 1).to(device), images[split].labels.to(device)]
-    return evaluate.linear_probe(*tensors, len(images["train"].class_names), hp.eval_lr, hp.n_eval_epochs, seed=hp.seed)[0]["top1"]
+    n_classes = len(images["train"].class_names)
+    return evaluate.linear_probe(*tensors, n_classes, hp.eval_lr, hp.n_eval_epochs, seed=hp.seed)[0]["top1"]
 
 
 def machine(device="auto"):

@@ -1,6 +1,6 @@
 """The search behind `--preset one-minute`: writes benchmarks/results/one-minute.json, the losers too.
 
-    python benchmarks/one_minute.py                      # about an hour on two cores
+    python benchmarks/one_minute.py                      # about 20 minutes a seed on two cores
     python benchmarks/one_minute.py --only base average
 
 Each try changes one thing of BASE. Most keep its number of trained patches, and so its cost on a given device; the seconds
@@ -122,6 +122,11 @@ TRIES = {  # name: (what it changes of BASE, the change to the program where it 
     # the loss
     "a quarter of the invariance": ("--invariance_loss_weight 50", None),
     "von Mises": ("--uniformity_loss vonmises --invariance_loss_weight 1.5", None),
+    # what won, together
+    "fewer patches, large heads, half the rate": ("--n_patches 4 --n_images 10000 --h_dim 4096 --z_dim 1024 --lr 0.15", None),
+    "the same, 8 pixels, then 16": ("--n_patches 4 --n_images 10000 --h_dim 4096 --z_dim 1024 --lr 0.15", lambda: growing(8)),
+    "the same, mini": ("--n_patches 4 --n_images 10000 --h_dim 4096 --z_dim 1024 --lr 0.15 --arch resnet18-mini",
+                       lambda: growing(8)),
 }
 
 

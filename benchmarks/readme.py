@@ -184,6 +184,14 @@ def verdicts():
     return "\n".join(lines)
 
 
+def presets():
+    """A line for each preset: the options that it stands for."""
+    lines = []
+    for name, preset in experiment.PRESETS.items():
+        lines.append(f"    --preset {name}: " + " ".join(f"--{option} {value}" for option, value in preset.items()))
+    return "\n".join(lines)
+
+
 def one_minute():
     """A row for each try, the best first: accuracy, and training time as a multiple of the base's."""
     results = read("one-minute")
@@ -199,13 +207,27 @@ def one_minute():
         if not runs:
             rows.append(f"| {name} | `{entry['options']}` | {entry['runs'][0]['failed'].split(';')[0]} | | |")
             continue
-        options = f"`{entry['options']}`" if entry["options"] else "a change to the program" if entry["changed"] else ""
+        options = " and ".join(([f"`{entry['options']}`"] if entry["options"] else [])
+                               + (["a change to the program"] if entry["changed"] else []))  # fmt: skip
         rows.append(f"| {name} | {options} | {spread(runs, 'top1')} | {middle(runs) - middle(base):+.1f} | "
                     f"{middle(runs, True) / middle(base, True):.2f} |")  # fmt: skip
     seeds = [len(runs) for runs in done.values()]
     rows += ["", f"{results['data']}; each starts from `{results['base']}` ({count(seeds)}). "
              f"Measured by `python benchmarks/one_minute.py` on: {machine(results)}."]  # fmt: skip
     return "\n".join(rows)
+
+
+def cost():
+    """What checkpoints and the check of the numbers take of the training time."""
+    results = read("cost")
+    step, check, checkpoint = (statistics.median(results[name]) for name in ("step", "check", "checkpoint"))
+    return (
+        f"What it costs: a checkpoint of the default network, {results['bytes'] / 1e6:.0f} MB, flushed to disk, takes "
+        f"{100 * checkpoint / results['checkpoint_every']:.1f}% of the {results['checkpoint_every']:.0f} seconds between two of "
+        f"them (`--checkpoint_every`); the losses, gradients and weights are looked at before each, and the losses after every "
+        f"{results['print_freq']} steps, which takes {100 * check / results['print_freq'] / step:.2g}% of those steps. Measured "
+        f"by `python benchmarks/cost.py` on: {machine(results)}."
+    )
 
 
 def measured(part, command):
@@ -251,8 +273,10 @@ def render(text):
         "verdicts": lambda: measured(verdicts, "reproduce.py --scale small"),
         "views": lambda: measured(lambda: reproduction("small", "views"), "reproduce.py --scale small"),
         "findings-full": lambda: reproduction("full", "findings"),
+        "presets": presets,
         "one-minute": lambda: measured(one_minute, "one_minute.py"),
         "precision": lambda: measured(precision, "accuracy.py precision"),
+        "cost": lambda: measured(cost, "cost.py"),
     }
     for name, part in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
