@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -86,9 +87,9 @@ def cached(name, folder, paths, read):
     It is read anew where a size or time of the files `paths` in `folder` has changed, or the version of Pillow.
     The cache folder is emp-ssl in $XDG_CACHE_HOME, ~/.cache by default; it can be removed at any time.
     """
-    listing = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
+    listing = [(str(path), *size_and_time(path)) for path in paths]
     key = hashlib.sha256(repr([PIL.__version__, listing]).encode()).hexdigest()
-    place = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:16]
+    place = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emp-ssl" / f"{name}-{place}.pt"
     try:
         content = experiment.load(path)
@@ -103,6 +104,15 @@ def cached(name, folder, paths, read):
     except OSError as error:
         print(f"warning: the decoded images are not kept for the next time: {error}", file=sys.stderr)
     return content
+
+
+def size_and_time(path):
+    """Bytes and modification time in ns; zeros for what is a broken link or has just been removed."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
 
 
 def load_folder(root, train, image_size):
@@ -185,8 +195,10 @@ def leave_signals_to_the_parent():
 def read_image(path, image_size):
     """uint8 (image_size, image_size, 3), or the path and what is wrong with the file, as a text."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(to_rgb(image, image_size))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
+            with Image.open(path) as image:
+                return np.asarray(to_rgb(image, image_size))
     except Exception as error:  # Pillow raises nearly anything on a damaged file
         return f"{path} ({type(error).__name__})"
 

@@ -1,6 +1,7 @@
 """Hyperparameters, declared once, and the run folder: hparams.yaml, checkpoints, artifacts, metrics."""
 
 import argparse
+import fcntl
 import hashlib
 import json
 import math
@@ -8,7 +9,8 @@ import os
 import re
 import sys
 import zipfile
-from contextlib import contextmanager
+from collections import Counter
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -57,6 +59,7 @@ class Param(NamedTuple):
     choices: tuple = ()
     low: float | None = None  # smallest value, itself allowed unless `above`
     above: bool = False
+    high: float = 2**31 - 1  # greatest value
 
     def check(self, value):
         """The value, as self.type; raises ValueError saying what it must be."""
@@ -64,15 +67,17 @@ class Param(NamedTuple):
             return None
         if self.type is float and type(value) is int:
             value = float(value)
-        if type(value) is not self.type:
-            raise ValueError(f"must be {self.wanted()}, not {value!r}")
-        if self.choices and value not in self.choices:
-            raise ValueError(f"must be {self.wanted()}, not {value!r}")
-        if self.type in (int, float):
-            too_low = self.low is not None and (value <= self.low if self.above else value < self.low)
-            if too_low or not math.isfinite(value) or abs(value) >= 2**31:
-                raise ValueError(f"must be {self.wanted()}, not {value}")
+        if type(value) is not self.type or not self.allows(value):
+            raise ValueError(f"must be {self.wanted()}, not {short(value)}")
         return value
+
+    def allows(self, value):
+        """Whether this value of self.type is one of the choices, or within the bounds, or text without control characters."""
+        if self.choices:
+            return value in self.choices
+        if self.type in (int, float):  # NaN is in no bounds
+            return (self.low < value if self.above else self.low <= value) and value <= self.high
+        return self.type is bool or value.isprintable()
 
     def parse(self, text):
         """The value of a command-line argument, none where there may be no value; raises argparse.ArgumentTypeError."""
@@ -81,33 +86,42 @@ class Param(NamedTuple):
         try:
             return self.check(self.type(text))
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"must be {self.wanted()}, not {text!r}") from None
+            raise argparse.ArgumentTypeError(f"must be {self.wanted()}, not {short(text)}") from None
 
     def wanted(self):
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[self.type]
-        bound = "" if self.low is None else f" above {self.low}" if self.above else f" of at least {self.low}"
-        return kind + bound
+        if self.type in (int, float):
+            kind = "whole number" if self.type is int else "number"
+            return f"a {kind} {'above' if self.above else 'from'} {self.low} to {self.high}"
+        return "true or false" if self.type is bool else "text without control characters"
+
+
+def short(value):
+    """A value as an error names it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."
 
 
 PARAMS = [
     Param("dataset", str, "cifar10", "data", "images to learn from", choices=(
         "cifar10", "cifar100", "folder", "textures")),
-    Param("image_size", int, 32, "data", "pixels, folder only: images are resized and centre-cropped to this", low=14),
+    Param("image_size", int, 32, "data", "pixels, folder only: images are resized and centre-cropped to this", low=14, high=4096),
     Param("n_images", int, None, "data", "train on a random, class-balanced subset of so many (default: all)", low=1),
     Param("seed", int, 42, "data", "random seed", low=0),
     Param("arch", str, "resnet18-cifar", "model", "network architecture", choices=tuple(ARCHS)),
-    Param("h_dim", int, 4096, "model", "patch embedding dimensionality", low=1),
-    Param("z_dim", int, 1024, "model", "projection dimensionality", low=1),
+    Param("h_dim", int, 4096, "model", "patch embedding dimensionality", low=1, high=2**16),
+    Param("z_dim", int, 1024, "model", "projection dimensionality", low=1, high=2**16),
     Param("activation", str, "relu", "model", "activation of both heads", choices=tuple(ACTIVATIONS)),
     Param("batch_norm", bool, True, "model", "batch norm in both heads"),
     Param("pretrained_proj", str, None, "model", "checkpoint to take the projection's weights from, then kept frozen"),
-    Param("n_patches", int, 100, "encoder", "patches per image", low=1),
+    Param("n_patches", int, 100, "encoder", "patches per image", low=1, high=10_000),
     Param("bags", int, 1, "encoder", "bags that an image's patches are dealt to; in more than one it is its own negative", low=1),
-    Param("input_size", int, None, "encoder", "pixels, what patches are resized to (default: as wide as the image)", low=8),
-    Param("n_epochs", float, 2.0, "encoder", "passes over the data, also 0.75; 0 leaves the encoder untrained", low=0),
-    Param("bs", int, 100, "encoder", "batch size in images", low=1),
+    Param("input_size", int, None, "encoder", "pixels, what patches are resized to (default: as wide as the image)", low=8,
+          high=4096),
+    Param("n_epochs", float, 2.0, "encoder", "passes over the data, also 0.75; 0 leaves the encoder untrained", low=0,
+          high=100_000),
+    Param("bs", int, 100, "encoder", "batch size in images", low=1, high=1_000_000),
     Param("lr", float, 0.3, "encoder", "learning rate at the start", low=0, above=True),
     Param("schedule", str, "cosine", "encoder", "of the rate: from lr to 0 over all steps, or lr throughout", choices=(
         "cosine", "constant")),
@@ -119,13 +133,13 @@ PARAMS = [
     Param("tcr_eps", float, 0.2, "encoder", "eps of the coding rate", low=0, above=True),
     Param("precision", str, "auto", "encoder", "of the network; auto: bf16 where the hardware has it", choices=(
         "auto", "fp32", "bf16")),
-    Param("test_patches", int, None, "encode", "patches per image when encoding (default: n_patches)", low=1),
+    Param("test_patches", int, None, "encode", "patches per image when encoding (default: n_patches)", low=1, high=10_000),
     Param("eval_views", str, "grid", "encode", "what an image is encoded by: patches as in training, random crops, or "
           "a grid of crops", choices=(
           "augmented", "crops", "grid")),
     Param("emb_pool", str, "features", "encode", "which tensors to pool as the representation", choices=("features", "proj")),
     Param("save_proj", bool, False, "encode", "save each patch's embedding and projection too, as float16"),
-    Param("n_eval_epochs", int, 100, "probe", "epochs of the linear probe", low=1),
+    Param("n_eval_epochs", int, 100, "probe", "epochs of the linear probe", low=1, high=100_000),
     Param("eval_lr", float, None, "probe", "learning rate of the probe (default: the best of six on a held-out tenth)",
           low=0, above=True),
     Param("data_dir", str, "./datasets", "none", "where the images are, or are downloaded to"),
@@ -151,7 +165,7 @@ def validate(values, source):
     known = {param.name: param for param in PARAMS}
     for name in values:
         if name not in known:
-            raise UsageError(f"{source}: unknown hyperparameter {name!r}")
+            raise UsageError(f"{source}: unknown hyperparameter {short(name)}")
     for name, param in known.items():
         if name not in values:
             raise UsageError(f"{source}: {name} is missing (its default is {yaml_value(param.default)})")
@@ -176,21 +190,41 @@ def yaml_value(value):
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but YAML 1.1 takes 1e-3 for text, and a learning rate may well be written so."""
+    """The safe loader, without aliases, by which a few lines can stand for gigabytes, and without doubled keys."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        for name, n in Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)).items():
+            if n > 1:
+                raise yaml.YAMLError(f"{short(name)} is given {n} times")
+        return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 takes 1e-3 for text, and a learning rate may well be written so.
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+HPARAMS_BYTES = 20_000  # of hparams.yaml, at most: read in a tenth of a second
 
 
 def read_hparams(exp_dir):
     """The hyperparameters of a run folder, a namespace. Raises UsageError if they are missing or not allowed."""
     path = Path(exp_dir) / "hparams.yaml"
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        with open(path, "rb") as file:
+            text = file.read(HPARAMS_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{path} can't be read ({error.strerror}): {exp_dir} is not a run folder") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if len(text) > HPARAMS_BYTES:
+        raise UsageError(f"{path} is longer than {HPARAMS_BYTES:,} bytes, so it is not of this program")
+    try:
+        content = yaml.load(text.decode(), _Loader)
+    except Exception as error:  # a tag that its value does not fit can raise nearly anything
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict) or set(content) != {"params"} or not isinstance(content["params"], dict):
         raise UsageError(f"{path} must hold one mapping, params: with a line for each hyperparameter")
     return validate(content["params"], path)
@@ -251,14 +285,58 @@ def n_steps_in(n_epochs, n_steps):
 
 
 @contextmanager
-def replacing(path):
-    """A binary file to write: beside `path`, flushed to disk, then renamed to it; gone if the writing fails."""
+def locked(exp_dir):
+    """The run folder, made if need be, for this process alone. A folder that was made and stays empty is removed.
+
+    The lock is the system's and goes with its process, however that ends: the file that it leaves then locks nothing.
+    Raises RunError, with its pid, if another process has it, or if nothing can be written there.
+    """
+    made = [folder for folder in (exp_dir, *exp_dir.parents) if not folder.exists()]
+    path = exp_dir / "lock"
+    try:
+        exp_dir.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise RunError(f"{exp_dir} can't be written: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunError(f"{exp_dir} is in use by process {file.read() or 'unknown'}: wait for it or stop it") from None
+        try:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                for folder in made:
+                    folder.rmdir()
+
+
+def move_aside(exp_dir):
+    """Rename the run folder, which is locked, to the next free NAME.oldN; its lock stays with the old name."""
+    aside = next(path for n in range(1, 10**6) if not (path := exp_dir.with_name(f"{exp_dir.name}.old{n}")).exists())
+    exp_dir.rename(aside)
+    exp_dir.mkdir()
+    (aside / "lock").rename(exp_dir / "lock")
+    return aside
+
+
+@contextmanager
+def replacing(path, keep=None):
+    """A binary file to write: beside `path`, flushed to disk, then renamed to it, the old one to `keep`; gone if the
+    writing fails."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -275,9 +353,9 @@ def prepare(exp_dir, hp):
         write_hparams(exp_dir, hp)
 
 
-def save(path, content):
-    """Write tensors and plain values with torch.save, atomically."""
-    with replacing(path) as file:
+def save(path, content, keep=None):
+    """Write tensors and plain values with torch.save, atomically; what was there before becomes the file `keep`."""
+    with replacing(path, keep) as file:
         torch.save({"format": FORMAT, **content}, file)
 
 
@@ -285,6 +363,8 @@ def load(path):
     """What `save` wrote, on the CPU. Raises RunError if the file is damaged, or anything but tensors and plain values."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("compressed")  # a few bytes could stand for gigabytes
             damaged = archive.testzip()  # torch.load does not check the checksums
         if damaged:
             raise ValueError(f"checksum of {damaged}")
@@ -294,6 +374,34 @@ def load(path):
     except Exception as error:  # a damaged zip or pickle can raise nearly anything
         reason = str(error).strip().split("\n")[0][:100]
         raise RunError(f"{path} can't be read ({type(error).__name__}: {reason})") from None
+    return content
+
+
+# What a checkpoint holds; see main.save_state.
+CHECKPOINT = {
+    "format": int, "hparams": dict, "data": dict, "encoder": dict, "optimizer": dict, "epoch": int, "step": int, "n_steps": int,
+    "totals": torch.Tensor, "n_totals": int, "recent": torch.Tensor, "seconds": float, "peak_memory": int, "metrics_bytes": int,
+}  # fmt: skip
+
+
+def load_checkpoint(path):
+    """The content of a checkpoint, on the CPU. Raises RunError if it is damaged, or holds anything but what save_state
+    writes: of other types, weights or momenta that are not finite, counts below 0, hyperparameters that are not allowed."""
+    content = load(path)
+    try:
+        if set(content) != set(CHECKPOINT) or not all(isinstance(content[name], kind) for name, kind in CHECKPOINT.items()):
+            raise ValueError("not what a checkpoint holds")
+        validate(dict(content["hparams"]), "hparams")
+        buffers = [entry["momentum_buffer"] for entry in content["optimizer"].values()]
+        for tensor in (*content["encoder"].values(), *buffers, content["totals"], content["recent"]):
+            if not tensor.isfinite().all():
+                raise ValueError("a number that is not finite")
+        if min(content[name] for name, kind in CHECKPOINT.items() if kind is int) < 0 or content["totals"].shape != (3,):
+            raise ValueError("a count below 0")
+        if content["recent"].shape != (len(content["recent"]), 3) or set(content["data"]) != {"train", "test", "class_names"}:
+            raise ValueError("shapes of another kind")
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, UsageError) as error:
+        raise RunError(f"{path} can't be used ({str(error)[:200]})") from None
     return content
 
 
@@ -309,11 +417,11 @@ def newest_checkpoint(exp_dir):
     Says which ones it passed over, and makes last.pt whole again from the one it found. Raises RunError if there are
     some and none can be read.
     """
-    last = exp_dir / "checkpoints" / "last.pt"
-    paths = [last] * last.exists() + epoch_checkpoints(exp_dir)[::-1]
+    last, previous = (exp_dir / "checkpoints" / name for name in ("last.pt", "previous.pt"))
+    paths = [path for path in (last, previous) if path.exists()] + epoch_checkpoints(exp_dir)[::-1]
     for path in paths:
         try:
-            content = load(path)
+            content = load_checkpoint(path)
         except RunError as error:
             print(f"warning: {error}", file=sys.stderr)
             continue
@@ -326,12 +434,18 @@ def newest_checkpoint(exp_dir):
 
 
 def save_checkpoint(exp_dir, content):
-    """Write checkpoints/last.pt, and at the end of an epoch the same as checkpoints/<epoch>.pt."""
-    metrics = exp_dir / "metrics.jsonl"
-    content["metrics_bytes"] = metrics.stat().st_size if metrics.exists() else 0
+    """Write checkpoints/last.pt, and at the end of an epoch the same as checkpoints/<epoch>.pt.
+
+    So that there is always another: within an epoch what was last.pt stays as previous.pt.
+    """
+    metrics, folder = exp_dir / "metrics.jsonl", exp_dir / "checkpoints"
+    content |= {"format": FORMAT, "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}
     if content["step"] == 0 and content["epoch"] > 0:
-        save(exp_dir / "checkpoints" / f"{content['epoch'] - 1}.pt", content)
-    save(exp_dir / "checkpoints" / "last.pt", content)
+        save(folder / f"{content['epoch'] - 1}.pt", content)
+        save(folder / "last.pt", content)
+        (folder / "previous.pt").unlink(missing_ok=True)
+    else:
+        save(folder / "last.pt", content, keep=folder / "previous.pt")
 
 
 def rewind_metrics(exp_dir, checkpoint):

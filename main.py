@@ -3,6 +3,7 @@
 import argparse
 import copy
 import ctypes
+import errno
 import functools
 import math
 import os
@@ -55,9 +56,20 @@ def main(argv=None):
         if debug:
             traceback.print_exc()
         known = isinstance(error, (RunError, UsageError))
-        message = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
+        message = str(error) if known else explain(error)
         print(f"error: {message}", file=sys.stderr)
         return error.code if known else 1
+
+
+def explain(error):
+    """One line on an error that was not foreseen, or on too little memory or room on the disk."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:  # a CUDA device, a CPU
+        return (f"out of memory ({text[:100]}): in hparams.yaml lower bs or n_patches, or set precision: bf16, then resume; "
+                f"all that was written is kept")  # fmt: skip
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left on the disk ({text[:200]}): make room, then resume; all that was written before is kept"
+    return f"{type(error).__name__}: {text[:1000]} (--debug shows where)"
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -171,12 +183,17 @@ def confirmed(question):
 
 
 def run(hp, exp_dir, start_over=False):
-    """The three stages, each skipped where its result is in the run folder, and the report.
+    """The three stages, each skipped where its result is in the run folder, and the report, in no other process meanwhile.
 
     start_over: move a run folder that exists aside first. Raises UsageError or RunError, before anything is written
     where the settings or the data are at fault.
     """
     device = pick_device(hp.device)
+    with experiment.locked(exp_dir):
+        run_stages(hp, exp_dir, device, start_over)
+
+
+def run_stages(hp, exp_dir, device, start_over):
     bf16 = pick_precision(hp.precision, device) == "bf16"
     say(f"* Device: {device}, precision: {'bf16' if bf16 else 'fp32'}")
     if hp.deterministic:
@@ -194,10 +211,8 @@ def run(hp, exp_dir, start_over=False):
         images()  # elsewhere now: are they the same?
     if not experiment.is_trained(hp, checkpoint):
         images()  # before the run folder is made or moved: an error here changes nothing
-    if start_over and exp_dir.exists():
-        aside = next(path for n in range(1, 10**6) if not (path := exp_dir.with_name(f"{exp_dir.name}.old{n}")).exists())
-        exp_dir.rename(aside)
-        say(f"* Moved the old run to {aside}")
+    if start_over and any(path.name != "lock" for path in exp_dir.iterdir()):
+        say(f"* Moved the old run to {experiment.move_aside(exp_dir)}")
     experiment.prepare(exp_dir, hp)
     for name, (old, new) in changed.items():
         say(f"* {name} was {old}, from here on it is {new}")
@@ -327,6 +342,8 @@ def load_strictly(module, weights, source):
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"the weights of {source} do not fit arch, h_dim, z_dim or batch_norm of this run: {reason}") from None
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UsageError(f"the weights of {source} are not finite")
 
 
 # -------------------------------------------------------------------------------------------- training
@@ -457,10 +474,12 @@ def restore(hp, exp_dir, optimizer, checkpoint, changed, n_steps, device):
     totals (3,): sums of invariance, uniformity and gradient norm over n_totals steps of this epoch; recent: the same
     three, on the device, of each step after those; timed: steps since the clock of the speed was last read.
     """
-    experiment.rewind_metrics(exp_dir, checkpoint)
     state = SimpleNamespace(epoch=0, step=0, totals=torch.zeros(3), n_totals=0, recent=torch.zeros(0, 3), seconds=0.0,
                             peak_memory=0)
     if checkpoint:
+        shapes = {i: p.shape for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+        if {i: entry["momentum_buffer"].shape for i, entry in checkpoint["optimizer"].items()} not in ({}, shapes):
+            raise UsageError("the momenta of the checkpoint do not fit its weights")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})
         state = SimpleNamespace(**{key: checkpoint[key] for key in vars(state)})
         if "bs" in changed:  # the same images lie behind us; their losses were of other batches
@@ -468,6 +487,7 @@ def restore(hp, exp_dir, optimizer, checkpoint, changed, n_steps, device):
             state.step = min(state.step * changed["bs"][0] // hp.bs, n_steps - 1, left - 1)
             state.totals, state.n_totals, state.recent = torch.zeros(3), 0, torch.zeros(0, 3)
         say(f"* Going on at epoch {state.epoch} step {state.step}")
+    experiment.rewind_metrics(exp_dir, checkpoint)
     for name, (old, new) in changed.items():
         experiment.log_metrics(exp_dir, event="changed", epoch=state.epoch, step=state.step, name=name, old=old, new=new)
     state.recent, state.timed = list(state.recent.to(device)), 0

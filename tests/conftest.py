@@ -76,6 +76,19 @@ def finished(tiny, tmp_path_factory):
     return logs / RUN
 
 
+@pytest.fixture(scope="session")
+def small_checkpoints(finished, tmp_path_factory):
+    """A folder with last.pt and previous.pt of steps 3 and 2, a few kB each."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "checkpoints").mkdir()
+    content = experiment.load(finished / "checkpoints" / "0.pt")
+    content["encoder"] = {"weight": torch.randn(20, 20)}
+    content["optimizer"] = {0: {"momentum_buffer": torch.randn(20, 20)}}
+    for step in (2, 3):
+        experiment.save_checkpoint(folder, {**content, "step": step})
+    return folder
+
+
 MEASURED = ("seconds", "patches_per_second", "peak_memory", "metrics_bytes")
 
 
@@ -111,3 +124,7 @@ def edit(exp_dir, **values):
         index = next(i for i, line in enumerate(lines) if line.startswith(f"  {name}: "))
         lines[index] = f"  {name}: {value}"
     path.write_text("\n".join(lines) + "\n")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--runs", type=int, default=20, help="kills of test_chaos.py")

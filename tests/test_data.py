@@ -3,6 +3,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import struct
 import tarfile
 import urllib.request
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
+from conftest import run
 from PIL import Image
 from torchvision import datasets, transforms
 
@@ -365,6 +367,43 @@ def test_one_unreadable_image_in_a_hundred_is_left_out_and_two_are_an_error(tmp_
         data.load_images("folder", tmp_path, True)
 
 
+@pytest.mark.parametrize("many", [4, 1000])
+def test_odd_files_and_names(tmp_path, monkeypatch, capsys, many):
+    """One pixel, names of any letters and bytes; and what is left out: an image of 144 million pixels, a link to nowhere, a
+    file that is gone when it is read. As many files as are cached, and fewer."""
+    monkeypatch.setattr(data, "MANY", many)
+    folder = tmp_path / "train"
+    write_many(folder, 300)
+    write(folder / "c d é 犬" / "pixel of 犬.png", np.full((1, 1, 3), 77))
+    name = os.fsdecode(b"caf\xe9.png")  # not UTF-8
+    write(folder / "c d é 犬" / "x.png", np.full((8, 8, 3), 78))
+    os.rename(folder / "c d é 犬" / "x.png", folder / "c d é 犬" / name)
+    write(folder / "a" / "bomb.png", Image.new("1", (12_000, 12_000)))
+    (folder / "a" / "link.png").symlink_to(folder / "nowhere.png")
+    find_images = data.find_images
+    monkeypatch.setattr(data, "find_images", lambda root: [*find_images(root), folder / "b" / "gone.png"])
+    for _ in range(2):
+        images, labels, class_names = data.load_images("folder", tmp_path, True, 16)
+        assert class_names == ["a", "b", "c d é 犬"]
+        assert labels.bincount().tolist() == [150, 150, 2]
+        assert sorted(images[labels == 2].float().mean((1, 2, 3)).tolist()) == [77, 78]
+        stderr = capsys.readouterr().err
+        assert all(name in stderr for name in ("bomb.png", "link.png", "gone.png", "3 of 305"))
+
+
+def test_ten_thousand_images_of_one_class_and_one_of_another(tiny, images, tmp_path):
+    folder = tmp_path / "train"
+    shutil.copytree(images / "test", tmp_path / "test")
+    write(folder / "across" / "0.png", np.zeros((16, 16, 3)))
+    write(folder / "down" / "0.png", np.zeros((16, 16, 3)))
+    for i in range(1, 10_000):
+        os.link(folder / "across" / "0.png", folder / "across" / f"{i}.png")
+    result = run(*tiny, "--data_dir", tmp_path, "--n_images", "24", "--log_folder", tmp_path / "logs")
+    assert (result.code, result.err) == (0, "")
+    assert "* Images: 24 train, 10 test, 2 classes" in result.out
+    assert "top-1 50.00%" in result.out  # it can't know better
+
+
 def test_many_images_are_decoded_once(tmp_path, monkeypatch, capsys, cache):
     """The second time they come from the cache folder, unless a file changed or the cache is damaged."""
     monkeypatch.setattr(data, "MANY", 4)
@@ -468,6 +507,16 @@ def test_cifar(name, tmp_path, monkeypatch, offline):
         assert labels.tolist() == [label for part in parts for label in batches[part][key]]
         assert labels.dtype == torch.int64
         assert names == class_names
+
+    archive, folder = (tmp_path / "data" / part for part in (dataset_class.filename, dataset_class.base_folder))
+    for path in (folder / file_names[0], archive):
+        path.write_bytes(path.read_bytes()[:-10])
+        if path == archive:
+            shutil.rmtree(folder)
+            with pytest.raises(UsageError, match=re.escape(dataset_class.filename)):
+                data.load_images(name, tmp_path / "data", True)
+        else:  # unpacked again
+            assert len(data.load_images(name, tmp_path / "data", True).images) == 20 * len(file_names[:-1])
 
 
 # --------------------------------------------------------------------------------------- textures, subsets

@@ -1,5 +1,6 @@
 """A run that is killed or stopped, and resumed, ends with the bits of one that was not."""
 
+import errno
 import os
 import shutil
 import signal
@@ -7,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, RUN, contents, edit, run
+import torch
+from conftest import ROOT, RUN, contents, edit, fingerprints, run
+from test_errors import refused
 
 import experiment
 
@@ -84,8 +87,8 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on
 def test_a_signal_while_the_last_checkpoint_is_written_is_not_lost(tiny, finished, tmp_path, monkeypatch):
     save = experiment.save
 
-    def save_and_signal(path, content):
-        save(path, content)
+    def save_and_signal(path, content, *args, **kwargs):
+        save(path, content, *args, **kwargs)
         if path.name == "1.pt":
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -137,6 +140,57 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(finished, tmp_path)
     assert "last.pt can't be read" in result.err
     assert "Going on at epoch 1 step 0" in result.out
     assert contents(exp_dir) == contents(finished)
+
+
+@pytest.mark.parametrize("tenth", range(10))
+def test_a_checkpoint_cut_off_anywhere_falls_back_to_the_one_before(small_checkpoints, tmp_path, tenth, capsys):
+    exp_dir = shutil.copytree(small_checkpoints, tmp_path / "run")
+    last = exp_dir / "checkpoints" / "last.pt"
+    whole = last.read_bytes()
+    last.write_bytes(whole[: tenth * len(whole) // 10])
+    assert experiment.newest_checkpoint(exp_dir)["step"] == 2
+    assert f"{last} can't be read" in capsys.readouterr().err
+    assert experiment.load_checkpoint(last)["step"] == 2  # made whole again
+
+
+@pytest.mark.parametrize("n", range(1, 20, 3))  # of 18 files: last.pt 13 times, two of epochs, two artifacts, the probe
+def test_a_full_disk_loses_nothing(tiny, finished, tmp_path, monkeypatch, n):
+    save, calls = torch.save, []
+
+    def full(content, file):
+        calls.append(file)
+        if len(calls) == n:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    result = run(*tiny, "--log_folder", tmp_path)
+    if n == 19:
+        assert (result.code, len(calls)) == (0, 18)
+    else:
+        assert refused(result, 1, "no space left on the disk", "resume")
+    assert not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.undo()
+    assert run(*tiny, "--log_folder", tmp_path).code == 0
+    assert contents(tmp_path / RUN) == contents(finished)
+
+
+def test_two_processes_in_one_run_folder(tiny, finished, tmp_path):
+    """The second one is refused while the first one lives, and takes over when it is dead."""
+    command = [*tiny, "--log_folder", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, ROOT / "main.py", *command], stdout=subprocess.PIPE, text=True)
+    next(line for line in process.stdout if line.startswith("epoch 0 step 4"))
+    process.send_signal(signal.SIGSTOP)
+    before = fingerprints(tmp_path)
+    for argv in (command, [*command, "--no-resume"], ["resume", "--exp_dir", tmp_path / RUN]):
+        assert refused(run(*argv), 1, tmp_path / RUN, f"in use by process {process.pid}")
+    assert fingerprints(tmp_path) == before
+    process.kill()
+    process.wait()
+    assert (tmp_path / RUN / "lock").read_text() == str(process.pid)
+    assert run(*command).code == 0
+    assert contents(tmp_path / RUN) == contents(finished)  # without the lock
 
 
 def test_no_readable_checkpoint_is_an_error_and_nothing_is_lost(finished, tmp_path):

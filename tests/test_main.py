@@ -179,7 +179,7 @@ def test_a_part_of_an_epoch_and_the_rest_of_it(tiny, tmp_path):
     lines = [json.loads(line) for line in (exp_dir / "metrics.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, n) for n in range(1, 7)] + [(1, 1), (1, 2), (1, 3)]
     assert [line["lr"] for line in lines] == pytest.approx([0.15 * (1 + math.cos(math.pi * t / 9)) for t in range(9)])
-    assert {path.name for path in (exp_dir / "checkpoints").iterdir()} == {"0.pt", "last.pt"}
+    assert {path.name for path in (exp_dir / "checkpoints").iterdir()} == {"0.pt", "previous.pt", "last.pt"}
     before = fingerprints(exp_dir)
     assert run("resume", "--exp_dir", exp_dir).code == 0
     assert fingerprints(exp_dir) == before
