@@ -225,8 +225,8 @@ def cost():
         f"What it costs: a checkpoint of the default network, {results['bytes'] / 1e6:.0f} MB, flushed to disk, takes "
         f"{100 * checkpoint / results['checkpoint_every']:.1f}% of the {results['checkpoint_every']:.0f} seconds between two of "
         f"them (`--checkpoint_every`); the losses, gradients and weights are looked at before each, and the losses after every "
-        f"{results['print_freq']} steps, which takes {100 * check / results['print_freq'] / step:.2g}% of those steps. Measured "
-        f"by `python benchmarks/cost.py` on: {machine(results)}."
+        f"{results['print_freq']} steps, which takes {1e3 * check:.1f} ms where a step takes {step:.1f} s. Measured by "
+        f" `python benchmarks/cost.py` on: {machine(results)}."
     )
 
 
