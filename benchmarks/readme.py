@@ -226,7 +226,7 @@ def cost():
         f"{100 * checkpoint / results['checkpoint_every']:.1f}% of the {results['checkpoint_every']:.0f} seconds between two of "
         f"them (`--checkpoint_every`); the losses, gradients and weights are looked at before each, and the losses after every "
         f"{results['print_freq']} steps, which takes {1e3 * check:.1f} ms where a step takes {step:.1f} s. Measured by "
-        f" `python benchmarks/cost.py` on: {machine(results)}."
+        f"`python benchmarks/cost.py` on: {machine(results)}."
     )
 
 
