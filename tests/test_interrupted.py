@@ -176,6 +176,14 @@ def test_a_full_disk_loses_nothing(tiny, finished, tmp_path, monkeypatch, n):
     assert contents(tmp_path / RUN) == contents(finished)
 
 
+def test_what_a_killed_process_left_half_written_is_removed(finished, tmp_path):
+    exp_dir = shutil.copytree(finished, tmp_path / "run")
+    for name in ("hparams.yaml.tmp", "checkpoints/7.pt.tmp", "artifacts/train.pt.tmp", "lock"):
+        (exp_dir / name).write_bytes(b"half")
+    assert run("resume", "--exp_dir", exp_dir).code == 0
+    assert contents(exp_dir) == contents(finished)
+
+
 def test_two_processes_in_one_run_folder(tiny, finished, tmp_path):
     """The second one is refused while the first one lives, and takes over when it is dead."""
     command = [*tiny, "--log_folder", str(tmp_path)]
