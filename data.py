@@ -301,16 +301,20 @@ def make_textures(n, generator):
 # ------------------------------------------------------------------------------------------------ patches
 
 
-def sample_patches(images, n_patches, generator, size=32):
+def sample_patches(images, n_patches, generator, size=32, first=0, batch=None):
     """Random augmented patches: n_patches of each image, each a quarter of its area, as the network sees them.
 
     images: uint8 (B, 3, H, W) on any device, H and W even. generator: a CPU torch.Generator, so that the same
     patches are drawn for every device. Returns float32 (n_patches, B, 3, size, size) in [-1, 1] on that device, for
-    which the host never waits.
+    which the host never waits. batch: the images are those from `first` on of so many, and get the patches that they would
+    get among these.
     Source: arXiv 2304.03977, appendix, and the authors' code.
     """
     B, _, H, W = images.shape
-    params = sample_params(n_patches * B, H, W, generator)
+    batch = batch or B
+    params = sample_params(n_patches * batch, H, W, generator)
+    if batch > B:
+        params = {k: v.unflatten(0, (n_patches, batch))[:, first : first + B].flatten(0, 1) for k, v in params.items()}
     params["image"] = torch.arange(B).repeat(n_patches)  # (P B,)
     # Patches whose hue comes at the same turn lie side by side, so that the jitter works on slices and not on copies.
     turn = torch.where(params["jitter"], (params["order"] == HUE).int().argmax(1), NO_JITTER)
@@ -319,6 +323,11 @@ def sample_patches(images, n_patches, generator, size=32):
     x = augment(cut(images, params, size), params, turn.bincount(minlength=NO_JITTER + 1).tolist())
     x = x.index_select(0, to_device(by_turn.argsort(), x.device)).mul_(2).sub_(1)
     return x.unflatten(0, (n_patches, B))  # (P, B, 3, size, size)
+
+
+def count_views(n_views, kind):
+    """How many views sample_views makes where it is asked for n_views."""
+    return math.isqrt(n_views) ** 2 if kind == "grid" else n_views
 
 
 def sample_views(images, n_views, kind, generator, size=32):

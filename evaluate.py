@@ -7,29 +7,36 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import generator, sample_views, to_device
+from data import count_views, generator, sample_views, to_device
 from model import fold_batch_norm
 
 
 @torch.inference_mode()
 def encode(
     encoder, images, n_patches, seed=0, split="train", bs=100, views="augmented", size=None, emb_pool="features",
-    save_proj=False, bf16=False, progress=iter,
+    save_proj=False, bf16=False, progress=iter, part=(0, 1),
 ):  # fmt: skip
     """The bag of patches: each image's representation is the mean over its n_patches views of h, or of z.
 
     encoder: a model.Encoder, used as in eval mode and left as it was. images: uint8 (N, 3, H, W), on the encoder's
     device. seed, split and bs: what random views depend on. views: a kind of data.sample_views; a grid may be of fewer than
     n_patches. size: pixels that they are resized to, as wide as the images by default. emb_pool: "features" (h) or "proj"
-    (z). bf16: weights and activations in bfloat16. progress: wraps the sequence of batches. Returns a dict of CPU tensors:
-    embeddings float32 (N, h_dim or z_dim) and, with save_proj, features float16 (N, n_views, h_dim) and projections float16
-    (N, n_views, z_dim); and n_views, a number.
+    (z). bf16: weights and activations in bfloat16. progress: wraps the sequence of batches. part: (i, n), of n processes the
+    i-th encodes every n-th batch and leaves zeros for the others. Returns a dict of CPU tensors: embeddings float32 (N, h_dim
+    or z_dim) and, with save_proj, features float16 (N, n_views, h_dim) and projections float16 (N, n_views, z_dim); and
+    n_views, a number.
     Source: arXiv 2304.03977, section 2.2 (bag-of-feature representation).
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     encoder = fold_batch_norm(encoder).to(dtype, memory_format=torch.channels_last)
-    N, size, embeddings, encoded = len(images), size or images.shape[-1], [], {}
-    for step in progress(range(math.ceil(N / bs))):
+    N, size, encoded = len(images), size or images.shape[-1], {}
+    n_views = count_views(n_patches, views)
+    h_dim, z_dim = encoder.features[0].out_features, encoder.projection[-1].out_features
+    embeddings = torch.zeros(N, h_dim if emb_pool == "features" else z_dim, device=images.device)
+    if save_proj:
+        encoded = {"features": torch.zeros(N, n_views, h_dim, dtype=torch.float16),
+                   "projections": torch.zeros(N, n_views, z_dim, dtype=torch.float16)}  # fmt: skip
+    for step in progress(range(part[0], math.ceil(N / bs), part[1])):
         rows = slice(step * bs, (step + 1) * bs)
         x = sample_views(images[rows], n_patches, views, generator(seed, f"encode-{split}", step=step), size)
         h = encoder.features(encoder.backbone(x.flatten(0, 1).to(dtype, memory_format=torch.channels_last)))
@@ -37,12 +44,10 @@ def encode(
         if save_proj or emb_pool == "proj":  # a third of the work of resnet18-imagenet
             patches["projections"] = F.normalize(encoder.projection(h).float(), dim=-1)
         patches = {name: tensor.float().unflatten(0, x.shape[:2]) for name, tensor in patches.items()}  # (P, B, dim)
-        embeddings.append(patches["features" if emb_pool == "features" else "projections"].mean(0))
-        for name, tensor in patches.items() if save_proj else ():
-            if name not in encoded:
-                encoded[name] = torch.empty(N, len(tensor), tensor.shape[-1], dtype=torch.float16)
-            encoded[name][rows] = tensor.transpose(0, 1)
-    return {"embeddings": torch.cat(embeddings).cpu(), "n_views": len(x), **encoded}
+        embeddings[rows] = patches["features" if emb_pool == "features" else "projections"].mean(0)
+        for name, tensor in encoded.items():
+            tensor[rows] = patches[name].transpose(0, 1)
+    return {"embeddings": embeddings.cpu(), "n_views": n_views, **encoded}
 
 
 AUTHORS_LR = 0.0075

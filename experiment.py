@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+import parallel
 from model import ACTIVATIONS, ARCHS
 
 FORMAT = 2  # of checkpoints and artifacts
@@ -291,6 +292,9 @@ def locked(exp_dir):
     The lock is the system's and goes with its process, however that ends: the file that it leaves then locks nothing.
     Raises RunError, with its pid, if another process has it, or if nothing can be written there.
     """
+    if not parallel.FIRST:
+        yield
+        return
     made = [folder for folder in (exp_dir, *exp_dir.parents) if not folder.exists()]
     path = exp_dir / "lock"
     try:
@@ -328,7 +332,11 @@ def move_aside(exp_dir):
 @contextmanager
 def replacing(path, keep=None):
     """A binary file to write: beside `path`, flushed to disk, then renamed to it, the old one to `keep`; gone if the
-    writing fails."""
+    writing fails. Of several processes the first one alone writes."""
+    if not parallel.FIRST:
+        with open(os.devnull, "wb") as file:
+            yield file
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -345,6 +353,8 @@ def replacing(path, keep=None):
 
 def prepare(exp_dir, hp):
     """Make the run folder, remove what a killed process left half-written, and write hparams.yaml if it changed."""
+    if not parallel.FIRST:
+        return
     for folder in (exp_dir, exp_dir / "checkpoints", exp_dir / "artifacts"):
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):
@@ -443,7 +453,8 @@ def save_checkpoint(exp_dir, content):
     if content["step"] == 0 and content["epoch"] > 0:
         save(folder / f"{content['epoch'] - 1}.pt", content)
         save(folder / "last.pt", content)
-        (folder / "previous.pt").unlink(missing_ok=True)
+        if parallel.FIRST:
+            (folder / "previous.pt").unlink(missing_ok=True)
     else:
         save(folder / "last.pt", content, keep=folder / "previous.pt")
 
@@ -451,14 +462,14 @@ def save_checkpoint(exp_dir, content):
 def rewind_metrics(exp_dir, checkpoint):
     """Cut off the lines of metrics.jsonl that were written after the checkpoint: their steps come again."""
     metrics = exp_dir / "metrics.jsonl"
-    if metrics.exists():
+    if parallel.FIRST and metrics.exists():
         keep = checkpoint["metrics_bytes"] if checkpoint else 0
         os.truncate(metrics, min(keep, metrics.stat().st_size))
 
 
 def log_metrics(exp_dir, **values):
     """Append one JSON object, a line, to metrics.jsonl."""
-    with open(exp_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+    with open(exp_dir / "metrics.jsonl" if parallel.FIRST else os.devnull, "a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
 
 

@@ -31,11 +31,16 @@ import data
 import evaluate
 import experiment
 import loss
+import parallel
 from experiment import PARAMS, STAGES, RunError, UsageError
 from lars import LARS
 from model import Encoder
 
-say = functools.partial(print, flush=True)  # a pipe sees each line when it is written
+
+def say(*words):
+    if parallel.FIRST:
+        print(*words, flush=True)  # a pipe sees each line when it is written
+
 
 
 def main(argv=None):
@@ -50,14 +55,16 @@ def main(argv=None):
     except SystemExit as stop:  # argparse, after --help
         return stop.code or 0
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if parallel.FIRST:
+            print(stop, file=sys.stderr)
         return 128 + stop.signum
     except Exception as error:
         if debug:
             traceback.print_exc()
         known = isinstance(error, (RunError, UsageError))
         message = str(error) if known else explain(error)
-        print(f"error: {message}", file=sys.stderr)
+        if parallel.FIRST or not known:  # what is known they all find, and one tells
+            print(f"error: {'' if known else parallel.name()}{message}", file=sys.stderr)
         return error.code if known else 1
 
 
@@ -188,8 +195,10 @@ def run(hp, exp_dir, start_over=False):
     start_over: move a run folder that exists aside first. Raises UsageError or RunError, before anything is written
     where the settings or the data are at fault.
     """
-    device = pick_device(hp.device)
-    with experiment.locked(exp_dir):
+    device = pick_device(parallel.own_device(hp.device))
+    if hp.bs % parallel.WORLD:
+        raise UsageError(f"bs {hp.bs} must be a multiple of the {parallel.WORLD} processes, which share a batch")
+    with experiment.locked(exp_dir), parallel.processes(device):
         run_stages(hp, exp_dir, device, start_over)
 
 
@@ -211,7 +220,8 @@ def run_stages(hp, exp_dir, device, start_over):
         images()  # elsewhere now: are they the same?
     if not experiment.is_trained(hp, checkpoint):
         images()  # before the run folder is made or moved: an error here changes nothing
-    if start_over and any(path.name != "lock" for path in exp_dir.iterdir()):
+    parallel.wait()  # all have read, the first may write
+    if start_over and parallel.FIRST and any(path.name != "lock" for path in exp_dir.iterdir()):
         say(f"* Moved the old run to {experiment.move_aside(exp_dir)}")
     experiment.prepare(exp_dir, hp)
     for name, (old, new) in changed.items():
@@ -235,6 +245,8 @@ def run_stages(hp, exp_dir, device, start_over):
         if encoded[split] is None:
             say(f"===> Encoding '{split}' dataset for evaluation")
             encoded[split] = encode(hp, exp_dir, encoder, images()[split], split, encode_key, bf16)
+    if not parallel.FIRST:
+        return
 
     probe_key = {**encode_key, "n_eval_epochs": hp.n_eval_epochs, "eval_lr": hp.eval_lr}
     result = experiment.read_json(exp_dir / "linear_accuracy.json")
@@ -369,17 +381,18 @@ def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
 
     say_memory(hp, encoder, pixels, bf16)
     encoder.train()
-    network = torch.compile(encoder) if hp.compile else encoder  # shares the weights
+    network = parallel.wrapped(encoder, device)  # shares the weights
+    network = torch.compile(network) if hp.compile else network
     with hold_signals() as signals:
         for epoch in range(state.epoch, math.ceil(n_total / max(1, n_steps))):
             stop = min(n_steps, n_total - epoch * n_steps)  # the last epoch need not be whole
             order = torch.randperm(len(pixels), generator=data.generator(hp.seed, "order", epoch)).to(device)
-            bar = tqdm(range(state.step, stop), f"epoch {epoch}", stop, initial=state.step, disable=None)
+            bar = tqdm(range(state.step, stop), f"epoch {epoch}", stop, initial=state.step, disable=quiet())
             for step in bar:
                 lr = learning_rate(hp, (epoch * n_steps + step) / n_total)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                batch = pixels[order[step * bs : (step + 1) * bs]]
+                batch = pixels[parallel.own(order[step * bs : (step + 1) * bs])]
                 metrics = train_step(hp, network, optimizer, batch, data.generator(hp.seed, "patches", epoch, step), bf16)
 
                 state.step, state.timed = step + 1, state.timed + 1
@@ -388,15 +401,19 @@ def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
                     summarise(state, exp_dir, lr, hp.n_patches * bs, bar)
                 if hp.eval_freq and (epoch * n_steps + state.step) % hp.eval_freq == 0:
                     quick_knn(hp, exp_dir, encoder, images, state, bf16)
-                if state.step < stop and (signals or time.monotonic() - state.saved_at > hp.checkpoint_every):
+                due = time.monotonic() - state.saved_at > hp.checkpoint_every
+                signum, due = parallel.greatest(signals[0] if signals else 0, due)
+                if state.step < stop and (signum or due):
                     save()
-                    raise_if(signals, exp_dir, state)
+                    raise_if(signum, exp_dir, state)
             invariance, uniformity, _ = (state.totals / state.n_totals).tolist()
             say(f"Epoch: {epoch} | Loss sim: {invariance:.5f} | Loss {hp.uniformity_loss.upper()}: {uniformity:.5f}")
             if stop == n_steps:
                 state.epoch, state.step, state.totals, state.n_totals = epoch + 1, 0, torch.zeros(3), 0
             content = save()
-            raise_if(signals, exp_dir, state)
+            (signum,) = parallel.greatest(signals[0] if signals else 0)
+            raise_if(signum, exp_dir, state)
+    parallel.share_buffers(encoder)
     return content
 
 
@@ -406,14 +423,17 @@ def learning_rate(hp, progress):
 
 
 def train_step(hp, encoder, optimizer, images, generator, bf16):
-    """One step on images uint8 (B, 3, H, W) on the encoder's device, for which the host never waits.
+    """One step on images uint8 (B, 3, H, W) on the encoder's device, for which the host never waits. Of several processes
+    each has its B images and the losses are of all of them, n B.
 
     Returns (3,), on the device: invariance, uniformity and the norm of the gradient.
     """
-    x = data.sample_patches(images, hp.n_patches, generator, hp.input_size or images.shape[-1])  # (P, B, 3, S, S)
+    P, B, n = hp.n_patches, len(images), parallel.WORLD
+    x = data.sample_patches(images, P, generator, hp.input_size or images.shape[-1], parallel.RANK * B, n * B)  # (P, B, 3, S, S)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         _, z = encoder(x.flatten(0, 1))  # (P B, 3, S, S) -> (P B, z_dim)
-    z = z.unflatten(0, (hp.n_patches // hp.bags, hp.bags * len(images)))  # (P, B, z_dim), an image in each of its bags
+    z = parallel.gather(z.unflatten(0, (P, B)))  # (P B, z_dim) -> (P, n B, z_dim)
+    z = z.flatten(0, 1).unflatten(0, (P // hp.bags, hp.bags * n * B))  # an image in each of its bags
     invariance = loss.invariance_loss(z)
     uniformity = loss.tcr_loss(z, hp.tcr_eps) if hp.uniformity_loss == "tcr" else loss.vonmises_loss(z)
     total = hp.invariance_loss_weight * invariance + hp.uniformity_loss_weight * uniformity
@@ -583,9 +603,14 @@ def draw_patches(pixels, hp, path):
 # ----------------------------------------------------------------------------- encoding, probe and report
 
 
+def quiet():
+    """tqdm's `disable`: no bar but on a terminal, and but one."""
+    return None if parallel.FIRST else True
+
+
 def progress(items, desc, every):
     """The items, with a progress bar on a terminal, else a line after each `every` of them."""
-    bar = tqdm(items, desc, disable=None)
+    bar = tqdm(items, desc, disable=quiet())
     for done, item in enumerate(bar, 1):
         yield item
         if bar.disable and done % every == 0:
@@ -619,7 +644,9 @@ def encode(hp, exp_dir, encoder, image_set, split, key, bf16):
     pixels = image_set.images.to(next(encoder.parameters()).device)
     bar = functools.partial(progress, desc=f"encode {split}", every=hp.print_freq)
     encoded = evaluate.encode(encoder, pixels, n_patches, hp.seed, split, key["bs"], views=hp.eval_views, size=hp.input_size,
-                              emb_pool=hp.emb_pool, save_proj=hp.save_proj, bf16=bf16, progress=bar)  # fmt: skip
+                              emb_pool=hp.emb_pool, save_proj=hp.save_proj, bf16=bf16, progress=bar,
+                              part=(parallel.RANK, parallel.WORLD))  # fmt: skip
+    encoded |= {name: parallel.total(value) for name, value in encoded.items() if isinstance(value, torch.Tensor)}
     if not encoded["embeddings"].isfinite().all():
         raise RunError(f"embeddings of the {split} images are not finite: train under a new --exp_name with --precision fp32")
     encoded |= {"key": key, "seconds": time.monotonic() - start}
@@ -710,11 +737,12 @@ def hold_signals():
         yield noted
 
 
-def raise_if(signals, exp_dir, state):
-    """Raise Interrupted if a signal was noted."""
-    if signals:
+def raise_if(signum, exp_dir, state):
+    """Raise Interrupted if a signal was noted, in any process; when the checkpoint is written."""
+    if signum:
+        parallel.wait()
         command = f"python main.py resume --exp_dir {shlex.quote(str(exp_dir))}"
-        raise Interrupted(signals[0], f"stopped at epoch {state.epoch} step {state.step}; go on with: {command}")
+        raise Interrupted(signum, f"stopped at epoch {state.epoch} step {state.step}; go on with: {command}")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def fold_batch_norm(encoder):
     encoder = copy.deepcopy(encoder).eval()
     for parent in list(encoder.modules()):
         for (name, layer), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
-            if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d):
+            if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d | nn.SyncBatchNorm):
                 fuse = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
                 setattr(parent, name, fuse(layer, norm))
                 setattr(parent, norm_name, nn.Identity())

@@ -39,6 +39,6 @@ def test_memory_and_open_files_stay_flat_and_each_line_of_metrics_is_whole(tmp_p
     assert process.wait() in (0, 143), process.stderr.read()
     assert steps == list(range(10, 2001, 10))
     assert reads > 100
-    early = [seen[step] for step in sorted(seen) if 500 <= step <= 1000]
+    early, late = ([seen[step] for step in seen if first <= step <= first + 500] for first in (500, 1500))
     assert seen[2000][0] <= 1.03 * early[0][0]
-    assert seen[2000][1] <= max(files for _, files in early)  # one more while a checkpoint is written
+    assert min(files for _, files in late) <= min(files for _, files in early)  # there are more while a checkpoint is written
