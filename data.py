@@ -1,5 +1,7 @@
 """Data sets as uint8 tensors, and patches cut and augmented from them in whole batches."""
 
+import collections
+import csv
 import functools
 import hashlib
 import math
@@ -7,7 +9,7 @@ import os
 import signal
 import sys
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +19,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 import experiment
+import parallel
 from experiment import RunError, UsageError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 MANY = 1000  # image files that are worth several processes, and a place in the cache
+LARGE = 2 * 10**9  # bytes of images that are not kept in memory
 
 
 class ImageSet(NamedTuple):
@@ -40,23 +45,78 @@ def generator(seed, purpose, epoch=0, step=0):
 # ---------------------------------------------------------------------------------------------- data sets
 
 
-def load_images(name, root, train, image_size=32):
+def load_images(name, root, train, image_size=32, labels=None):
     """One split of a data set, whole, in memory.
 
     name: cifar10, cifar100, folder or textures. root: the folder with the files (cifar10, cifar100: downloaded into
-    it once; folder: see load_folder; textures: not used). image_size: height and width in pixels, `folder` only.
+    it once; folder: see load_folder; textures: not used). image_size: height and width in pixels, and labels, a CSV file,
+    see read_labels: `folder` only.
     Returns an ImageSet, None for the test split of a `folder` that has none. Raises UsageError where the data is
     not there or image_size does not fit, RunError where more than 1 image in 100 can't be read.
     """
     if name != "folder" and image_size != 32:
         raise UsageError(f"image_size {image_size}: the images of {name} are 32 pixels wide; only folder is resized")
+    if name != "folder" and labels:
+        raise UsageError(f"labels {labels}: {name} has its own; only the images of folder can be given others")
     if name == "textures":
         return make_textures(4000 if train else 1000, generator(0, "textures", epoch=int(train)))
     if name == "folder":
-        return load_folder(Path(root), train, image_size)
+        return load_folder(Path(root), train, image_size, labels)
     if name in ("cifar10", "cifar100"):
         return load_cifar(name, root, train)
     raise UsageError(f"unknown dataset {name!r}: choose from cifar10, cifar100, folder and textures")
+
+
+class ImageFile:
+    """Images that are too many for the memory: uint8 (N, 3, size, size) in a file, read where they are asked for.
+
+    images[index], a slice or a tensor of indices, is a tensor on the CPU. digests: int64 (N,), a checksum of each image.
+    """
+
+    def __init__(self, path, size, rows, digests):
+        self.path, self.rows, self.digests, self.shape = path, rows, digests, (len(rows), 3, size, size)
+        self.file = open(path, "rb")  # noqa: SIM115, as long as the images are used
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        rows = self.rows[index]
+        images = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
+        for image, row in zip(images.numpy(), rows.tolist(), strict=True):
+            if os.preadv(self.file.fileno(), [image], row * image.nbytes) < image.nbytes:
+                raise RunError(f"{self.path} is cut off: remove it, it will be made again")
+        return images
+
+
+def subset_of(images, index):
+    """These images, which stay in their file if they are in one."""
+    if isinstance(images, ImageFile):
+        return ImageFile(images.path, images.shape[-1], images.rows[index], images.digests[index])
+    return images[index]
+
+
+def on_device(images, device):
+    """A tensor of images goes to the device whole; an ImageFile stays where it is."""
+    return images if isinstance(images, ImageFile) else images.to(device)
+
+
+def batches(images, rows, device, ahead=4):
+    """images[rows[0]], images[rows[1]], ... on the device; those of an ImageFile are read by a thread, `ahead` of their use."""
+    if not isinstance(images, ImageFile):
+        yield from (images[index] for index in rows)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        read = collections.deque(pool.submit(images.__getitem__, to_cpu(index)) for index in rows[:ahead])
+        for i in range(len(rows)):
+            batch = read.popleft().result()
+            if i + ahead < len(rows):
+                read.append(pool.submit(images.__getitem__, to_cpu(rows[i + ahead])))
+            yield to_device(batch, device)
+
+
+def to_cpu(index):
+    return index.cpu() if isinstance(index, torch.Tensor) else index
 
 
 def load_cifar(name, root, train):
@@ -81,19 +141,24 @@ def load_cifar(name, root, train):
     return ImageSet(content["images"], content["labels"], content["class_names"])
 
 
-def cached(name, folder, paths, read):
+def cache_path(name, folder):
+    """The file of the cache folder, which is emp-ssl in $XDG_CACHE_HOME, ~/.cache by default; it can be removed at any time."""
+    place = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emp-ssl" / f"{name}-{place}.pt"
+
+
+def cached(name, folder, paths, read, whole=lambda: True):
     """What read() returns, a dict of tensors and plain values; kept in the cache folder for the next time.
 
-    It is read anew where a size or time of the files `paths` in `folder` has changed, or the version of Pillow.
-    The cache folder is emp-ssl in $XDG_CACHE_HOME, ~/.cache by default; it can be removed at any time.
+    It is read anew where a size or time of the files `paths` in `folder` has changed, or the version of Pillow, or where what
+    else read() has written is not whole().
     """
     listing = [(str(path), *size_and_time(path)) for path in paths]
     key = hashlib.sha256(repr([PIL.__version__, listing]).encode()).hexdigest()
-    place = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emp-ssl" / f"{name}-{place}.pt"
+    path = cache_path(name, folder)
     try:
         content = experiment.load(path)
-        if content.get("key") == key:
+        if content.get("key") == key and whole():
             return content
     except RunError:  # missing or damaged
         pass
@@ -115,11 +180,26 @@ def size_and_time(path):
     return stat.st_size, stat.st_mtime_ns
 
 
-def load_folder(root, train, image_size):
+def read_labels(file):
+    """{path: label} of a CSV file with a line path,label for each image, paths as they are below data_dir; a first line that
+    says "path,label" is skipped. Raises UsageError if it can't be read or a line is not of two columns."""
+    try:
+        with open(file, newline="", encoding="utf-8") as lines:
+            rows = [row for row in csv.reader(lines) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"labels {file} can't be read: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if len(row) != 2:
+            raise UsageError(f"labels {file}: row {number} has {len(row)} columns, not path,label")
+    return {os.path.normpath(path): label for path, label in rows if (path, label) != ("path", "label")}
+
+
+def load_folder(root, train, image_size, labels=None):
     """Images below `root`: train/<class>/* and test/<class>/*, or any tree of unlabelled images.
 
-    Without train/ all images below root are the training split. Fewer than two class folders, or images beside
-    them, are no labels. Files that can't be read are left out and named on stderr.
+    Without train/ all images below root are the training split. labels: see read_labels; else the folders are the classes.
+    Fewer than two class folders, or images beside them, are no labels. Files that can't be read are left out and named on
+    stderr.
     """
     if not root.is_dir():
         raise UsageError(f"data_dir {root} is not a folder")
@@ -133,7 +213,15 @@ def load_folder(root, train, image_size):
     paths = find_images(folder)
     if not paths:
         raise UsageError(f"no images in {folder} (looked for {' '.join(sorted(SUFFIXES))} in all its folders)")
-    if class_names:
+    if labels:
+        named = read_labels(labels)
+        class_names = sorted(set(named.values()))
+        missing = [path for path in paths if str(path.relative_to(root)) not in named]
+        if missing or len(class_names) < 2:
+            what = f"{missing[0]} and {len(missing) - 1} more have no label" if missing else "there are fewer than two labels"
+            raise UsageError(f"labels {labels}: {what}")
+        targets = torch.tensor([class_names.index(named[str(path.relative_to(root))]) for path in paths])
+    elif class_names:
         parts = [path.relative_to(folder).parts for path in paths]
         unknown = sorted({part[0] for part in parts} - set(class_names))
         if unknown:
@@ -158,8 +246,7 @@ def find_classes(folder):
 
 def read_images(paths, folder, image_size):
     """uint8 (M, 3, image_size, image_size) of the M readable files, and their indices into paths, int64 (M,)."""
-    read = functools.partial(decode, paths, image_size)
-    content = cached(f"folder-{image_size}", folder, paths, read) if len(paths) >= MANY else read()
+    content = decode_once(paths, folder, image_size) if len(paths) >= MANY else decode(paths, image_size)
     bad = content["failures"]
     if len(bad) > len(paths) / 100:
         raise RunError(f"{len(bad)} of {len(paths)} images in {folder} can't be read, more than 1 in 100: {', '.join(bad[:5])}")
@@ -168,14 +255,54 @@ def read_images(paths, folder, image_size):
     return content["images"], content["readable"]
 
 
+def decode_once(paths, folder, image_size):
+    """As decode, of many files: by several processes, into one file of the cache folder, from which it comes the next time.
+
+    More than LARGE bytes of images stay in that file, as an ImageFile.
+    """
+    file = cache_path(f"folder-{image_size}", folder).with_suffix(".u8")
+    size = len(paths) * 3 * image_size**2
+
+    def read():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with experiment.replacing(file) as out:
+            out.truncate(size)
+            jobs = functools.partial(write_image, out.name, image_size)
+            # Threads would wait for each other: they are half as fast as no threads at all.
+            with ProcessPoolExecutor(initializer=leave_signals_to_the_parent) as pool:
+                results = pool.map(jobs, range(len(paths)), paths, chunksize=64)
+                results = list(tqdm(results, "decode", len(paths), disable=None if parallel.FIRST else True))
+        readable = [i for i, result in enumerate(results) if isinstance(result, int)]
+        return {"readable": torch.tensor(readable, dtype=torch.int64), "digests": torch.tensor([results[i] for i in readable]),
+                "failures": [result for result in results if isinstance(result, str)]}  # fmt: skip
+
+    try:
+        with parallel.first_alone():
+            content = cached(f"folder-{image_size}", folder, paths, read, lambda: file.exists() and file.stat().st_size == size)
+    except OSError as error:
+        print(f"warning: the decoded images are not kept for the next time: {error}", file=sys.stderr)
+        return decode(paths, image_size)
+    images = ImageFile(file, image_size, content["readable"], content["digests"])
+    return {**content, "images": images if size > LARGE else images[:]}
+
+
+def write_image(file, image_size, i, path):
+    """Write image i to its place in the file; returns its checksum, or the path and what is wrong with it, as a text."""
+    pixels = read_image(path, image_size)
+    if isinstance(pixels, str):
+        return pixels
+    content = np.ascontiguousarray(pixels.transpose(2, 0, 1)).tobytes()  # (3, image_size, image_size)
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        os.pwrite(descriptor, content, i * len(content))
+    finally:
+        os.close(descriptor)
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little", signed=True)
+
+
 def decode(paths, image_size):
     """{"images": as read_images, "readable": indices, "failures": of the other files, a text each}."""
-    read = functools.partial(read_image, image_size=image_size)
-    if len(paths) < MANY:
-        results = list(map(read, paths))
-    else:  # threads would wait for each other: they are half as fast as no threads at all
-        with ProcessPoolExecutor(initializer=leave_signals_to_the_parent) as pool:
-            results = list(pool.map(read, paths, chunksize=64))
+    results = [read_image(path, image_size) for path in paths]
     readable = [i for i, result in enumerate(results) if isinstance(result, np.ndarray)]
     pixels = np.empty((len(readable), image_size, image_size, 3), np.uint8)
     for row, i in enumerate(readable):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import count_views, generator, sample_views, to_device
+from data import batches, count_views, generator, sample_views, to_device
 from model import fold_batch_norm
 
 
@@ -18,13 +18,13 @@ def encode(
 ):  # fmt: skip
     """The bag of patches: each image's representation is the mean over its n_patches views of h, or of z.
 
-    encoder: a model.Encoder, used as in eval mode and left as it was. images: uint8 (N, 3, H, W), on the encoder's
-    device. seed, split and bs: what random views depend on. views: a kind of data.sample_views; a grid may be of fewer than
-    n_patches. size: pixels that they are resized to, as wide as the images by default. emb_pool: "features" (h) or "proj"
-    (z). bf16: weights and activations in bfloat16. progress: wraps the sequence of batches. part: (i, n), of n processes the
-    i-th encodes every n-th batch and leaves zeros for the others. Returns a dict of CPU tensors: embeddings float32 (N, h_dim
-    or z_dim) and, with save_proj, features float16 (N, n_views, h_dim) and projections float16 (N, n_views, z_dim); and
-    n_views, a number.
+    encoder: a model.Encoder, used as in eval mode and left as it was. images: uint8 (N, 3, H, W), a tensor on the encoder's
+    device or a data.ImageFile. seed, split and bs: what random views depend on. views: a kind of data.sample_views; a grid
+    may be of fewer than n_patches. size: pixels that they are resized to, as wide as the images by default. emb_pool:
+    "features" (h) or "proj" (z). bf16: weights and activations in bfloat16. progress: wraps the sequence of batches.
+    part: (i, n), of n processes the i-th encodes every n-th batch and leaves zeros for the others. Returns a dict of CPU
+    tensors: embeddings float32 (N, h_dim or z_dim) and, with save_proj, features float16 (N, n_views, h_dim) and projections
+    float16 (N, n_views, z_dim); and n_views, a number.
     Source: arXiv 2304.03977, section 2.2 (bag-of-feature representation).
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -32,13 +32,15 @@ def encode(
     N, size, encoded = len(images), size or images.shape[-1], {}
     n_views = count_views(n_patches, views)
     h_dim, z_dim = encoder.features[0].out_features, encoder.projection[-1].out_features
-    embeddings = torch.zeros(N, h_dim if emb_pool == "features" else z_dim, device=images.device)
+    device = next(encoder.parameters()).device
+    embeddings = torch.zeros(N, h_dim if emb_pool == "features" else z_dim, device=device)
     if save_proj:
         encoded = {"features": torch.zeros(N, n_views, h_dim, dtype=torch.float16),
                    "projections": torch.zeros(N, n_views, z_dim, dtype=torch.float16)}  # fmt: skip
-    for step in progress(range(part[0], math.ceil(N / bs), part[1])):
-        rows = slice(step * bs, (step + 1) * bs)
-        x = sample_views(images[rows], n_patches, views, generator(seed, f"encode-{split}", step=step), size)
+    steps = range(part[0], math.ceil(N / bs), part[1])
+    slices = [slice(step * bs, (step + 1) * bs) for step in steps]
+    for step, rows, batch in zip(progress(steps), slices, batches(images, slices, device), strict=False):
+        x = sample_views(batch, n_patches, views, generator(seed, f"encode-{split}", step=step), size)
         h = encoder.features(encoder.backbone(x.flatten(0, 1).to(dtype, memory_format=torch.channels_last)))
         patches = {"features": h}
         if save_proj or emb_pool == "proj":  # a third of the work of resnet18-imagenet

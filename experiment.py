@@ -123,6 +123,8 @@ PARAMS = [
     Param("n_epochs", float, 2.0, "encoder", "passes over the data, also 0.75; 0 leaves the encoder untrained", low=0,
           high=100_000),
     Param("bs", int, 100, "encoder", "batch size in images", low=1, high=1_000_000),
+    Param("max_patches", int, None, "encoder", "patches at once through the network, for small GPUs: the same gradient in "
+          "4/3 of the time, batch norm over those (default: all)", low=3),
     Param("lr", float, 0.3, "encoder", "learning rate at the start", low=0, above=True),
     Param("schedule", str, "cosine", "encoder", "of the rate: from lr to 0 over all steps, or lr throughout", choices=(
         "cosine", "constant")),
@@ -144,6 +146,7 @@ PARAMS = [
     Param("eval_lr", float, None, "probe", "learning rate of the probe (default: the best of six on a held-out tenth)",
           low=0, above=True),
     Param("data_dir", str, "./datasets", "none", "where the images are, or are downloaded to"),
+    Param("labels", str, None, "none", "folder only: CSV file of path in data_dir and label, for folders that are no classes"),
     Param("device", str, "auto", "none", "auto (cuda, mps or cpu), cpu, mps, cuda or cuda:N"),
     Param("deterministic", bool, False, "none", "the same bits each time on CUDA too, slower"),
     Param("compile", bool, False, "none", "torch.compile the network; on a CPU the steps are no faster for it"),
@@ -231,9 +234,14 @@ def read_hparams(exp_dir):
     return validate(content["params"], path)
 
 
+def dump_hparams(hp):
+    """The text of hparams.yaml."""
+    return yaml.safe_dump({"params": vars(hp)}, sort_keys=False, allow_unicode=True)
+
+
 def write_hparams(exp_dir, hp):
     with replacing(exp_dir / "hparams.yaml") as file:
-        file.write(yaml.safe_dump({"params": vars(hp)}, sort_keys=False, allow_unicode=True).encode())
+        file.write(dump_hparams(hp).encode())
 
 
 def differences(old, new, stages=tuple(STAGES)):

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -37,9 +38,9 @@ from lars import LARS
 from model import Encoder
 
 
-def say(*words):
+def say(*words, **kwargs):
     if parallel.FIRST:
-        print(*words, flush=True)  # a pipe sees each line when it is written
+        print(*words, **kwargs, flush=True)  # a pipe sees each line when it is written
 
 
 
@@ -72,8 +73,8 @@ def explain(error):
     """One line on an error that was not foreseen, or on too little memory or room on the disk."""
     text = " ".join(str(error).split())
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:  # a CUDA device, a CPU
-        return (f"out of memory ({text[:100]}): in hparams.yaml lower bs or n_patches, or set precision: bf16, then resume; "
-                f"all that was written is kept")  # fmt: skip
+        return (f"out of memory ({text[:100]}): in hparams.yaml lower bs, n_patches or max_patches, or set precision: bf16, "
+                f"then resume; all that was written is kept")  # fmt: skip
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left on the disk ({text[:200]}): make room, then resume; all that was written before is kept"
     return f"{type(error).__name__}: {text[:1000]} (--debug shows where)"
@@ -104,6 +105,7 @@ def parse(argv=None):
     run.add_argument("--config_from", metavar="DIR", help="take what is not given here from another run folder's hparams.yaml")
     run.add_argument("--preset", choices=tuple(experiment.PRESETS), metavar="{" + ",".join(experiment.PRESETS) + "}",
                      help="take what is not given here from a named set of hyperparameters (see README)")
+    run.add_argument("--dry_run", action="store_true", help="tell settings, size, memory and time of the run, and stop")
     for param in PARAMS:
         default = "" if param.default is None else f" (default: {param.default})"
         kind = {"action": argparse.BooleanOptionalAction} if param.type is bool else {
@@ -146,6 +148,9 @@ def hyperparameters(args):
 
 def train_command(args):
     hp = hyperparameters(args)
+    if args.dry_run:
+        dry_run(hp)
+        return
     exp_dir = Path(args.log_folder) / f"{args.exp_name}__numpatch{hp.n_patches}_bs{hp.bs}_lr{hp.lr:g}"
     if args.config_from and exp_dir.resolve() == Path(args.config_from).resolve():
         raise UsageError(f"{exp_dir} is the run folder that --config_from names: give the new experiment an --exp_name")
@@ -154,6 +159,34 @@ def train_command(args):
         for name, (there, here) in edited.items():
             say(f"* {name} is {there} in {exp_dir}/hparams.yaml and {here} in this command, which decides")
     run(hp, exp_dir, start_over=not args.resume)
+
+
+def dry_run(hp, n_timed=3):
+    """Tell what a run would be and how long its training would take, after a few steps of it; write nothing."""
+    say(experiment.dump_hparams(hp), end="")
+    device = pick_device(parallel.own_device(hp.device))
+    bf16 = pick_precision(hp.precision, device) == "bf16"
+    with parallel.processes(device):
+        pixels = data.on_device(load_data(hp, None)["train"].images, device)
+        encoder = build_encoder(hp, None).to(device, memory_format=torch.channels_last)
+        size, n_patches = hp.input_size or pixels.shape[-1], hp.n_patches * hp.bs
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            copy.deepcopy(encoder)(torch.zeros(2, 3, size, size, device=device))
+        operations = 3 * counter.get_total_flops() / 2 * n_patches  # backward takes twice what forward takes
+        n_steps = experiment.n_steps_in(hp.n_epochs, len(pixels) // hp.bs)
+        say(f"* Device: {device}, precision: {'bf16' if bf16 else 'fp32'}, processes: {parallel.WORLD}")
+        say(f"* Parameters: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} million")
+        say(f"* Operations: {operations / 1e12:.3g} TFLOP a step in the network, {n_steps} steps of {n_patches} patches")
+        say_memory(hp, encoder, pixels, bf16)
+        network, optimizer = parallel.wrapped(encoder, device), build_optimizer(hp, encoder)
+        for step in range(n_timed + 1):
+            if step == 1:  # the first one takes longer
+                start = time.monotonic()
+            batch = parallel.own(pixels[: hp.bs]).to(device)
+            train_step(hp, network, optimizer, batch, data.generator(0, "dry", step=step), bf16).cpu()
+        seconds = (time.monotonic() - start) / n_timed
+    say(f"* Time: {seconds:.3g} s a step, about {seconds * n_steps / 60:.3g} minutes of training; encoding takes a third of that "
+        f"per patch")  # fmt: skip
 
 
 def resume_command(args):
@@ -216,7 +249,8 @@ def run_stages(hp, exp_dir, device, start_over):
     changed = experiment.check_changes(hp, checkpoint) if checkpoint else {}
     encoder = build_encoder(hp, checkpoint)
     images = functools.cache(lambda: load_data(hp, checkpoint))
-    if checkpoint and hp.dataset == "folder" and hp.data_dir != checkpoint["hparams"]["data_dir"]:
+    before = checkpoint["hparams"] if checkpoint else {}
+    if checkpoint and hp.dataset == "folder" and (hp.data_dir, hp.labels) != (before["data_dir"], before["labels"]):
         images()  # elsewhere now: are they the same?
     if not experiment.is_trained(hp, checkpoint):
         images()  # before the run folder is made or moved: an error here changes nothing
@@ -299,12 +333,11 @@ def load_data(hp, checkpoint):
     Raises UsageError if they are not the images that the checkpoint was trained on.
     """
     say(f"* Loading {hp.dataset}")
-    train_set = data.load_images(hp.dataset, hp.data_dir, True, hp.image_size)
-    test_set = data.load_images(hp.dataset, hp.data_dir, False, hp.image_size)
+    train_set, test_set = (data.load_images(hp.dataset, hp.data_dir, train, hp.image_size, hp.labels) for train in (True, False))
     if hp.n_images:
         subset = data.balanced_subset(train_set.labels, len(train_set.images), hp.n_images, data.generator(hp.seed, "subset"))
-        train_set = train_set._replace(
-            images=train_set.images[subset], labels=None if train_set.labels is None else train_set.labels[subset])
+        labels = None if train_set.labels is None else train_set.labels[subset]
+        train_set = train_set._replace(images=data.subset_of(train_set.images, subset), labels=labels)
     if hp.n_epochs > 0 and len(train_set.images) < hp.bs:
         raise UsageError(f"bs {hp.bs} is more than the {len(train_set.images)} training images: lower bs")
     missing = why_no_probe(train_set.class_names, test_set)
@@ -321,7 +354,9 @@ def load_data(hp, checkpoint):
 
 def fingerprint(image_set):
     """A checksum of the images and their labels."""
-    return experiment.checksum(*(tensor for tensor in image_set[:2] if tensor is not None))
+    images, labels, _ = image_set
+    digests = images.digests if isinstance(images, data.ImageFile) else images  # reading a large file would take minutes
+    return experiment.checksum(*(tensor for tensor in (digests, labels) if tensor is not None))
 
 
 def build_encoder(hp, checkpoint):
@@ -369,7 +404,7 @@ def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
     ends with the same bits as one that was not.
     """
     device = next(encoder.parameters()).device
-    pixels = images["train"].images.to(device)  # uint8 (N, 3, size, size)
+    pixels = data.on_device(images["train"].images, device)  # uint8 (N, 3, size, size)
     bs, n_steps = hp.bs, len(pixels) // hp.bs
     optimizer = build_optimizer(hp, encoder)
     n_total = experiment.n_steps_in(hp.n_epochs, n_steps)
@@ -377,7 +412,7 @@ def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
     save = functools.partial(save_state, hp, exp_dir, images["info"], encoder, optimizer, n_steps, state)
     content = checkpoint or save()  # a folder that can't be written is found now
     if not (exp_dir / "patches.png").exists():
-        draw_patches(pixels[:8], hp, exp_dir / "patches.png")
+        draw_patches(pixels[:8].to(device), hp, exp_dir / "patches.png")
 
     say_memory(hp, encoder, pixels, bf16)
     encoder.train()
@@ -388,11 +423,11 @@ def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
             stop = min(n_steps, n_total - epoch * n_steps)  # the last epoch need not be whole
             order = torch.randperm(len(pixels), generator=data.generator(hp.seed, "order", epoch)).to(device)
             bar = tqdm(range(state.step, stop), f"epoch {epoch}", stop, initial=state.step, disable=quiet())
-            for step in bar:
+            rows = [parallel.own(order[step * bs : (step + 1) * bs]) for step in range(state.step, stop)]
+            for step, batch in zip(bar, data.batches(pixels, rows, device), strict=False):
                 lr = learning_rate(hp, (epoch * n_steps + step) / n_total)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                batch = pixels[parallel.own(order[step * bs : (step + 1) * bs])]
                 metrics = train_step(hp, network, optimizer, batch, data.generator(hp.seed, "patches", epoch, step), bf16)
 
                 state.step, state.timed = step + 1, state.timed + 1
@@ -430,33 +465,54 @@ def train_step(hp, encoder, optimizer, images, generator, bf16):
     """
     P, B, n = hp.n_patches, len(images), parallel.WORLD
     x = data.sample_patches(images, P, generator, hp.input_size or images.shape[-1], parallel.RANK * B, n * B)  # (P, B, 3, S, S)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        _, z = encoder(x.flatten(0, 1))  # (P B, 3, S, S) -> (P B, z_dim)
-    z = parallel.gather(z.unflatten(0, (P, B)))  # (P B, z_dim) -> (P, n B, z_dim)
+    chunks = x.flatten(0, 1).tensor_split(math.ceil(P * B / (hp.max_patches or P * B)))  # (P B, 3, S, S), or parts of it
+    with torch.set_grad_enabled(len(chunks) == 1):
+        z_own = torch.cat([project(encoder, chunk, bf16) for chunk in chunks])  # (P B, z_dim)
+    if len(chunks) > 1:
+        z_own.requires_grad_()
+    z = parallel.gather(z_own.unflatten(0, (P, B)))  # (P B, z_dim) -> (P, n B, z_dim)
     z = z.flatten(0, 1).unflatten(0, (P // hp.bags, hp.bags * n * B))  # an image in each of its bags
     invariance = loss.invariance_loss(z)
     uniformity = loss.tcr_loss(z, hp.tcr_eps) if hp.uniformity_loss == "tcr" else loss.vonmises_loss(z)
     total = hp.invariance_loss_weight * invariance + hp.uniformity_loss_weight * uniformity
     optimizer.zero_grad()
     total.backward()
+    if len(chunks) > 1:
+        backward_in_chunks(encoder, chunks, z_own.grad, bf16)
     grad_norm = torch.nn.utils.get_total_norm(p.grad for p in encoder.parameters() if p.grad is not None)
     optimizer.step()
     return torch.stack([invariance, uniformity, grad_norm]).detach()
 
 
+def project(encoder, x, bf16):
+    """x (n, 3, S, S) -> z (n, z_dim)."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        return encoder(x)[1]
+
+
+def backward_in_chunks(encoder, chunks, grad, bf16):
+    """The gradient of the weights from that of z (n, z_dim), the chunks going through the network again, one by one, so that
+    the activations of one alone are kept. The running statistics of batch norm see each chunk twice.
+    Source: arXiv 2101.06983, section 3.2 (gradient cache)."""
+    for i, (chunk, part) in enumerate(zip(chunks, grad.tensor_split(len(chunks)), strict=True)):
+        with parallel.averaging(encoder, now=i == len(chunks) - 1):
+            project(encoder, chunk, bf16).backward(part)
+
+
 def say_memory(hp, encoder, pixels, bf16):
     """Print what a training step will take and what there is, with a warning where it is more."""
-    n, size, device = hp.n_patches * hp.bs, hp.input_size or pixels.shape[-1], pixels.device
+    n, size, device = hp.n_patches * hp.bs // parallel.WORLD, hp.input_size or pixels.shape[-1], next(encoder.parameters()).device
+    n = min(n, hp.max_patches or n)
     patch = saved_bytes(encoder, 3, size, bf16) - saved_bytes(encoder, 2, size, bf16)
     weights = 4 * 4 * sum(p.numel() for p in encoder.parameters())  # float32: weights, gradients, momentum; copies in bf16
-    need = (1.6 * n * patch + weights + pixels.nbytes) / 1e9  # backward adds its own: 1.4 to 1.8 measured on a CPU
+    need = (1.6 * n * patch + weights + getattr(pixels, "nbytes", 0)) / 1e9  # backward adds its own: 1.4 to 1.8 measured on a CPU
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory / 1e9
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     say(f"* Memory: about {need:.1f} GB for a step of {n} patches; {there:.1f} GB are there")
     if need > there:
-        print("warning: that is more than there is: lower bs or n_patches, or take precision bf16", file=sys.stderr)
+        print("warning: that is more than there is: lower bs, n_patches or max_patches, or take precision bf16", file=sys.stderr)
 
 
 def saved_bytes(encoder, n_patches, size, bf16):
@@ -579,7 +635,7 @@ def quick_knn(hp, exp_dir, encoder, images, state, bf16):
     for split, image_set, limit in (("train", train_set, 5000), ("test", test_set, 1000)):
         n = min(limit, len(image_set.images))
         subset = data.balanced_subset(image_set.labels, len(image_set.images), n, data.generator(hp.seed, f"knn-{split}"))
-        pixels = image_set.images[subset].to(device)
+        pixels = data.on_device(data.subset_of(image_set.images, subset), device)
         encoded = evaluate.encode(encoder, pixels, n_patches, hp.seed, f"knn-{split}", hp.bs, views=hp.eval_views,
                                   size=hp.input_size, emb_pool=hp.emb_pool, bf16=bf16)  # fmt: skip
         tensors += [encoded["embeddings"], image_set.labels[subset]]
@@ -641,7 +697,7 @@ def encode(hp, exp_dir, encoder, image_set, split, key, bf16):
         say(f"* --save_proj: at most {size / 1e9:.2f} GB for {split}")
         if size > shutil.disk_usage(exp_dir).free:
             raise RunError(f"save_proj needs {size / 1e9:.2f} GB in {exp_dir}, more than is free there")
-    pixels = image_set.images.to(next(encoder.parameters()).device)
+    pixels = data.on_device(image_set.images, next(encoder.parameters()).device)
     bar = functools.partial(progress, desc=f"encode {split}", every=hp.print_freq)
     encoded = evaluate.encode(encoder, pixels, n_patches, hp.seed, split, key["bs"], views=hp.eval_views, size=hp.input_size,
                               emb_pool=hp.emb_pool, save_proj=hp.save_proj, bf16=bf16, progress=bar,

@@ -56,6 +56,16 @@ def own(batch):
     return batch if WORLD == 1 else batch.chunk(WORLD)[RANK]
 
 
+@contextmanager
+def averaging(network, now):
+    """Backward passes within leave their gradients to be averaged with those of a later one, unless `now`."""
+    if WORLD == 1 or now:
+        yield
+        return
+    with network.no_sync():
+        yield
+
+
 class _Gather(torch.autograd.Function):
     """Each process computes the same loss of all z: the gradient of its own part is a slice of that of the whole. Times the
     number of processes, since the gradients of the weights are averaged where they should be summed."""
@@ -98,5 +108,17 @@ def greatest(*numbers):
 
 
 def wait():
-    if WORLD > 1:
-        dist.barrier()
+    """For the others to be here too."""
+    greatest(0)
+
+
+@contextmanager
+def first_alone():
+    """The first process goes through, then the others, who find what it wrote."""
+    if not FIRST:
+        wait()
+    try:
+        yield
+    finally:
+        if FIRST:
+            wait()

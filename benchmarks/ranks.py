@@ -47,7 +47,8 @@ def step(path, arguments, n_steps=1, train=False):
             metrics = main.train_step(hp, network, optimizer, parallel.own(images), data.generator(0, "patches", step=i), bf16)
             seconds.append(time.perf_counter() - start)
         gradients = {name: p.grad for name, p in encoder.named_parameters()}
-        experiment.save(Path(path), {"metrics": metrics, "gradients": gradients, "seconds": seconds[1:]})
+        experiment.save(Path(path), {"metrics": metrics, "gradients": gradients, "seconds": seconds[1:],
+                                     "memory": main.peak_memory(device)})  # fmt: skip
 
 
 def processes(n, *arguments):
@@ -78,6 +79,8 @@ if __name__ == "__main__":
     for _ in range(3):
         for n in times:
             times[n].append(statistics.median(processes(n, SPEED, "5")["seconds"]))
+    chunks = {"all": processes(1, SPEED, "5"), "64": processes(1, f"{SPEED} --max_patches 64", "5")}
+    results["chunks"] = {n: {"seconds": statistics.median(run["seconds"]), "memory": run["memory"]} for n, run in chunks.items()}
     results |= {"seconds": times, "options": SPEED, "machine": machine("cpu")}
     (ROOT / "benchmarks" / "results" / "ranks.json").write_text(json.dumps(results, indent=1) + "\n")
     print(results["difference"], times)

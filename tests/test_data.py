@@ -367,6 +367,27 @@ def test_one_unreadable_image_in_a_hundred_is_left_out_and_two_are_an_error(tmp_
         data.load_images("folder", tmp_path, True)
 
 
+def test_images_in_a_file_are_those_in_memory(tmp_path, monkeypatch):
+    write_many(tmp_path / "train", 30)
+    memory = data.load_images("folder", tmp_path, True, 16).images
+    monkeypatch.setattr(data, "MANY", 4)
+    monkeypatch.setattr(data, "LARGE", 0)
+    file = data.load_images("folder", tmp_path, True, 16).images
+    assert isinstance(file, data.ImageFile)
+    assert (len(file), file.shape) == (30, memory.shape)
+    assert torch.equal(file[:], memory)
+    index = torch.tensor([7, 3, 29, 3])
+    assert torch.equal(file[index], memory[index])
+    assert torch.equal(data.subset_of(file, index)[1:3], memory[index][1:3])
+    for images in (memory, file):
+        rows = [index, slice(5, 9), torch.tensor([0])] * 4
+        found = list(data.batches(images, rows, torch.device("cpu")))
+        assert all(torch.equal(batch, memory[index]) for batch, index in zip(found, rows, strict=True))
+    os.truncate(file.path, 20 * 3 * 16 * 16)
+    with pytest.raises(RunError, match="cut off"):
+        list(data.batches(file, rows, torch.device("cpu")))
+
+
 @pytest.mark.parametrize("many", [4, 1000])
 def test_odd_files_and_names(tmp_path, monkeypatch, capsys, many):
     """One pixel, names of any letters and bytes; and what is left out: an image of 144 million pixels, a link to nowhere, a
@@ -409,9 +430,8 @@ def test_many_images_are_decoded_once(tmp_path, monkeypatch, capsys, cache):
     monkeypatch.setattr(data, "MANY", 4)
     write_many(tmp_path / "train", 120)
     (tmp_path / "train" / "a" / "030.png").write_bytes(b"not an image")
-    decoded = []
-    decode = data.decode
-    monkeypatch.setattr(data, "decode", lambda *args: decoded.append(args) or decode(*args))
+    decoded, pool = [], data.ProcessPoolExecutor
+    monkeypatch.setattr(data, "ProcessPoolExecutor", lambda **kwargs: decoded.append(kwargs) or pool(**kwargs))
 
     def load():
         images, _, class_names = data.load_images("folder", tmp_path, True)

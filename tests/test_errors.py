@@ -49,7 +49,7 @@ def test_a_wrong_value_of_an_option(name, value, tmp_path):
 
 
 def test_each_option_with_a_value_has_a_wrong_one():
-    free_text = {"pretrained_proj", "data_dir", "device"}  # whose errors are tested by themselves
+    free_text = {"pretrained_proj", "data_dir", "device", "labels"}  # whose errors are tested by themselves
     assert {name for name, _ in OPTIONS} | free_text == {param.name for param in PARAMS if param.type is not bool}
 
 

@@ -382,7 +382,7 @@ def test_the_memory_of_a_step_is_told_before_and_warned_of(tiny, tmp_path, monke
     monkeypatch.setattr(main, "saved_bytes", lambda encoder, n_patches, size, bf16: n_patches * 10**12)
     result = run(*tiny, "--log_folder", tmp_path, "--exp_name", "huge", "--n_epochs", "0")
     assert "about 12800.0 GB for a step of 8 patches" in result.out
-    assert "lower bs or n_patches" in result.err
+    assert "lower bs, n_patches or max_patches" in result.err
 
 
 def test_compile_trains_the_same_weights(tiny, finished, tmp_path, monkeypatch):
@@ -510,3 +510,57 @@ def test_importing_does_nothing(tmp_path):
     command, environment = [sys.executable, "-c", code, "--bogus"], {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
+
+
+def test_a_dry_run_tells_and_writes_nothing(tiny, images, tmp_path):
+    before = fingerprints(images)
+    result = run(*tiny, "--dry_run", "--log_folder", tmp_path / "logs")
+    assert (result.code, result.err) == (0, "")
+    assert yaml.safe_load(result.out.split("* ")[0])["params"]["bs"] == 4
+    n = sum(p.numel() for p in Encoder("resnet18-tiny", 8, 4).parameters())
+    assert f"* Parameters: {n / 1e6:.2f} million" in result.out
+    assert "12 steps of 8 patches" in result.out
+    assert re.search(r"\* Memory: about \d", result.out)
+    assert re.search(r"\* Time: [\d.e-]+ s a step, about [\d.e-]+ minutes", result.out)
+    assert fingerprints(images) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_that_stay_in_a_file_train_the_same_weights(tiny, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MANY", 4)
+    monkeypatch.setattr(data, "LARGE", 0)
+    read = []
+    monkeypatch.setattr(data.ImageFile, "__getitem__", lambda *args, get=data.ImageFile.__getitem__: read.append(1) or get(*args))
+    trained_with(tiny=tiny, tmp_path=tmp_path)
+    assert len(read) > 12
+    ours, undisturbed = contents(tmp_path / RUN), contents(finished)
+    assert ours["checkpoints/last.pt"]["encoder"] == undisturbed["checkpoints/last.pt"]["encoder"]
+    for name in ("artifacts/train.pt", "artifacts/test.pt", "linear_accuracy.json", "metrics.jsonl"):
+        assert ours[name] == undisturbed[name]
+
+
+def test_labels_from_a_csv_file(tiny, images, finished, tmp_path):
+    """The same images in folders that mean nothing, the labels in a file: the same result."""
+    rows = ["path,label"]
+    for split in ("train", "test"):
+        for i, path in enumerate(sorted((images / split).rglob("*.png"))):
+            to = tmp_path / "data" / split / f"{i:02}" / "é, x.png"
+            to.parent.mkdir(parents=True)
+            shutil.copy(path, to)
+            rows.append(f'"{to.relative_to(tmp_path / "data")}",{path.parent.name}')
+    file = tmp_path / "labels.csv"
+    file.write_text("\n".join(rows) + "\n")
+    trained_with("--data_dir", tmp_path / "data", "--labels", file, tiny=tiny, tmp_path=tmp_path)
+    ours, undisturbed = contents(tmp_path / RUN), contents(finished)
+    assert ours["checkpoints/last.pt"]["data"] == undisturbed["checkpoints/last.pt"]["data"]
+    assert ours["linear_accuracy.json"] == undisturbed["linear_accuracy.json"]
+    for text, words in (
+        ("\n".join(rows[:-1]), "have no label"),
+        ("a,b,c", "row 1 has 3 columns"),
+        ("\n".join(row.replace("down", "across") for row in rows), "fewer than two labels"),
+    ):
+        file.write_text(text)
+        result = run(*tiny, "--data_dir", tmp_path / "data", "--labels", file, "--log_folder", tmp_path / "no")
+        assert (result.code, words in result.err) == (2, True), result.err
+    file.unlink()
+    assert "can't be read" in run(*tiny, "--data_dir", tmp_path / "data", "--labels", file, "--log_folder", tmp_path / "no").err

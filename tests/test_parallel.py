@@ -105,3 +105,11 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes(tiny, tmp_path)
     assert "Signal 9" in done.stderr
     assert experiment.load_checkpoint(tmp_path / RUN / "checkpoints" / "last.pt")["epoch"] == 1
     assert run("resume", "--exp_dir", tmp_path / RUN).code == 0
+
+
+@pytest.mark.parametrize(("n", "max_patches"), [(1, 3), (1, 20), (1, 63), (2, 20)])
+def test_in_chunks_loss_and_gradient_are_those_of_the_whole_batch(n, max_patches):
+    whole, chunked = ranks.processes(1, ranks.SMALL, "1"), ranks.processes(n, f"{ranks.SMALL} --max_patches {max_patches}", "1")
+    gap = ranks.difference(whole, chunked)
+    assert gap["loss"] < 1e-5
+    assert gap["gradient"] < 1e-5
