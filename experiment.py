@@ -123,8 +123,8 @@ PARAMS = [
     Param("n_epochs", float, 2.0, "encoder", "passes over the data, also 0.75; 0 leaves the encoder untrained", low=0,
           high=100_000),
     Param("bs", int, 100, "encoder", "batch size in images", low=1, high=1_000_000),
-    Param("max_patches", int, None, "encoder", "patches at once through the network, for small GPUs: the same gradient in "
-          "4/3 of the time, batch norm over those (default: all)", low=3),
+    Param("max_patches", int, None, "encoder", "patches at once through the network, for small GPUs: twice through it, "
+          "batch norm over those (default: all)", low=3),
     Param("lr", float, 0.3, "encoder", "learning rate at the start", low=0, above=True),
     Param("schedule", str, "cosine", "encoder", "of the rate: from lr to 0 over all steps, or lr throughout", choices=(
         "cosine", "constant")),

@@ -231,29 +231,32 @@ def cost():
 
 
 def ranks():
-    """Several processes against one: differences, and the speed of two."""
+    """Several processes against one, and chunks against the whole batch."""
     results = read("ranks")
-    gaps = results["difference"]
-    one, two = (statistics.median(results["seconds"][n]) for n in "12")
+    two, four = results["difference"]["2"], results["difference"]["4"]
+    share = statistics.median(results["seconds"]["2"]) / statistics.median(results["seconds"]["1"])
     whole, chunked = results["chunks"]["all"], results["chunks"]["64"]
+    slower = chunked["seconds"] / whole["seconds"]
     return (
-        f"2 and 4 gloo processes against one: the gradients differ by {gaps['2']['gradient']:.0e} and "
-        f"{gaps['4']['gradient']:.0e} of their norm, the losses by {gaps['2']['loss']:.0e} and {gaps['4']['loss']:.0e}. Two "
-        f"processes with one thread each take {two / one:.2f} of the time of one with one thread, so each does {one / two / 2:.0%} of what it "
-        f"would alone (`{results['options']}`). With `--max_patches 64` a step takes {chunked['seconds'] / whole['seconds']:.2f} times "
-        f"as long and the process {chunked['memory'] / 1e9:.2f} GB at most instead of {whole['memory'] / 1e9:.2f}. Measured by `python benchmarks/ranks.py` on: {machine(results)}."
+        f"2 and 4 gloo processes against one: the gradients differ by {two['gradient']:.0e} and {four['gradient']:.0e} of their "
+        f"norm, the losses by {two['loss']:.0e} and {four['loss']:.0e}. Two processes with one thread each take {share:.2f} of the "
+        f"time of one with one thread, so each does {1 / share / 2:.0%} of what it would alone (`{results['options']}`). "
+        f"With `--max_patches 64` a step takes {slower:.2f} times as long there, and the process {chunked['memory'] / 1e9:.2f} GB "
+        f"at most instead of {whole['memory'] / 1e9:.2f}. Measured by `python benchmarks/ranks.py` on: {machine(results)}."
     )
 
 
 def large():
+    """A pass over more images than memory should hold, and decoding them."""
     results = read("large")
-    ours, plain = (statistics.median(results["decoding"][name]) for name in ("ours", "ImageFolder"))
-    pass_ = results["training"]
+    run, rates = results["training"], results["decoding"]
+    memory, waited = max(run["resident"]) / 1e9, run["waited"] / run["seconds"]
     return (
-        f"A pass over {pass_['bytes'] / 1e9:.0f} GB of images of 256 pixels took at most {max(pass_['resident']) / 1e9:.1f} GB of memory, "
-        f"all in all, and spent {pass_['waited'] / pass_['seconds']:.1%} of its time waiting for images. Decoding into the cache "
-        f"file runs at {ours / plain:.2f} times the rate of one pass of torchvision's ImageFolder with a DataLoader of two workers, "
-        f"checksums and writing included, and is done once. Measured by `python benchmarks/large.py` on: {machine(results)}."
+        f"A pass over {run['bytes'] / 1e9:.0f} GB of images of 256 pixels took at most {memory:.1f} GB of memory, all in all, and "
+        f"spent {waited:.1%} of its time waiting for images. Decoding into the cache file runs at "
+        f"{ratio(rates['ours'], rates['ImageFolder'])} times the rate of one pass of torchvision's ImageFolder with a DataLoader "
+        f"of two workers, checksums and writing included, and is done once. Measured by `python benchmarks/large.py` on: "
+        f"{machine(results)}."
     )
 
 
