@@ -239,8 +239,8 @@ def ranks():
     slower = chunked["seconds"] / whole["seconds"]
     return (
         f"2 and 4 gloo processes against one: the gradients differ by {two['gradient']:.0e} and {four['gradient']:.0e} of their "
-        f"norm, the losses by {two['loss']:.0e} and {four['loss']:.0e}. Two processes with one thread each take {share:.2f} of the "
-        f"time of one with one thread, so each does {1 / share / 2:.0%} of what it would alone (`{results['options']}`). "
+        f"norm, the losses by {two['loss']:.0e} and {four['loss']:.0e}. Two processes with one thread each take {share:.2f} of "
+        f"the time of one with one thread, so each does {1 / share / 2:.0%} of what it would alone (`{results['options']}`). "
         f"With `--max_patches 64` a step takes {slower:.2f} times as long there, and the process {chunked['memory'] / 1e9:.2f} GB "
         f"at most instead of {whole['memory'] / 1e9:.2f}. Measured by `python benchmarks/ranks.py` on: {machine(results)}."
     )
