@@ -241,8 +241,8 @@ def ranks():
         f"2 and 4 gloo processes against one: the gradients differ by {two['gradient']:.0e} and {four['gradient']:.0e} of their "
         f"norm, the losses by {two['loss']:.0e} and {four['loss']:.0e}. Two processes with one thread each take {share:.2f} of "
         f"the time of one with one thread, so each does {1 / share / 2:.0%} of what it would alone (`{results['options']}`). "
-        f"With `--max_patches 64` a step takes {slower:.2f} times as long there, and the process {chunked['memory'] / 1e9:.2f} GB "
-        f"at most instead of {whole['memory'] / 1e9:.2f}. Measured by `python benchmarks/ranks.py` on: {machine(results)}."
+        f"With `--max_patches 64` a step takes {slower:.2f} times as long there, and the process {chunked['memory'] / 1e9:.2f} "
+        f"GB at most instead of {whole['memory'] / 1e9:.2f}. Measured by `python benchmarks/ranks.py` on: {machine(results)}."
     )
 
 
@@ -252,8 +252,8 @@ def large():
     run, rates = results["training"], results["decoding"]
     memory, waited = max(run["resident"]) / 1e9, run["waited"] / run["seconds"]
     return (
-        f"A pass over {run['bytes'] / 1e9:.0f} GB of images of 256 pixels took at most {memory:.1f} GB of memory, all in all, and "
-        f"spent {waited:.1%} of its time waiting for images. Decoding into the cache file runs at "
+        f"A pass over {run['bytes'] / 1e9:.0f} GB of images of 256 pixels took at most {memory:.1f} GB of memory, all in all, "
+        f"and spent {waited:.1%} of its time waiting for images. Decoding into the cache file runs at "
         f"{ratio(rates['ours'], rates['ImageFolder'])} times the rate of one pass of torchvision's ImageFolder with a DataLoader "
         f"of two workers, checksums and writing included, and is done once. Measured by `python benchmarks/large.py` on: "
         f"{machine(results)}."

@@ -24,7 +24,7 @@ train_step, calls = main.train_step, []
 def step(*args):
     calls.append(args)
     if parallel.RANK == 1 and len(calls) == 9:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
     return train_step(*args)
 main.train_step = step
 sys.exit(main.main(sys.argv[1:]))
@@ -96,15 +96,17 @@ def test_bs_must_be_shared_evenly(tiny, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_resumes(tiny, tmp_path):
+def test_one_process_that_dies_or_is_told_to_stop_ends_the_others_and_the_run_resumes(tiny, tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
-    env = {**ENV, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*LAUNCH, "2", tmp_path / "dies.py", *tiny, "--log_folder", tmp_path], capture_output=True, text=True,
-                          env=env, timeout=60)  # fmt: skip
-    assert done.returncode != 0
-    assert "Signal 9" in done.stderr
-    assert experiment.load_checkpoint(tmp_path / RUN / "checkpoints" / "last.pt")["epoch"] == 1
-    assert run("resume", "--exp_dir", tmp_path / RUN).code == 0
+    for name, words, step in (("SIGKILL", "Signal 9", 2), ("SIGTERM", "stopped at epoch 1 step 3", 3)):
+        env = {**ENV, "PYTHONPATH": str(ROOT), "SIGNAL": name}
+        command = [*LAUNCH, "2", tmp_path / "dies.py", *tiny, "--log_folder", tmp_path / name]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+        assert done.returncode != 0
+        assert words in done.stderr
+        stopped = experiment.load_checkpoint(tmp_path / name / RUN / "checkpoints" / "last.pt")
+        assert (1, 1) <= (stopped["epoch"], stopped["step"]) <= (1, step)
+        assert run("resume", "--exp_dir", tmp_path / name / RUN).code == 0
 
 
 @pytest.mark.parametrize(("n", "max_patches"), [(1, 3), (1, 63), (2, 20)])
