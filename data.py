@@ -523,13 +523,19 @@ def cut(images, params, size):
     windows = torch.cat([images, images.flip(-1)]).unfold(2, h, 1).unfold(3, w, 1)  # a view, (2 B, 3, H-h+1, W-w+1, h, w)
     x = windows[image, :, top, left].float()  # (n, 3, h, w)
     # Resizing is linear along each axis: two small matrix products, on a CPU 2.6x as fast as F.interpolate.
-    return resize_matrix(h, size, x.device).div(255) @ x @ resize_matrix(w, size, x.device).T
+    x = resize_matrix(h, size, x.device).div(255) @ x @ resize_matrix(w, size, x.device).T
+    return x.clamp_(0, 1) if size >= BICUBIC_FROM else x  # bicubic interpolation overshoots
+
+
+BICUBIC_FROM = 96  # pixels: bilinear for CIFAR and bicubic for ImageNet, as in the authors' code
 
 
 def resize_matrix(length, size, device):
-    """(size, length): bilinear interpolation, with antialiasing where it shrinks."""
-    eye = torch.eye(length, device=device)[None, None]
-    return F.interpolate(eye, size=(size, length), mode="bilinear", align_corners=False, antialias=size < length)[0, 0]
+    """(size, length): bilinear or, to BICUBIC_FROM pixels or more, bicubic interpolation; antialiased where it shrinks."""
+    eye, mode = torch.eye(length, device=device)[None, None], "bicubic" if size >= BICUBIC_FROM else "bilinear"
+    # Antialiasing has another bicubic kernel, that of Pillow, which is the one that is meant.
+    antialias = size < length or mode == "bicubic"
+    return F.interpolate(eye, size=(size, length), mode=mode, align_corners=False, antialias=antialias)[0, 0]
 
 
 JITTER = ("brightness", "contrast", "saturation", "hue")

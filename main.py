@@ -110,7 +110,8 @@ def parse(argv=None):
         default = "" if param.default is None else f" (default: {param.default})"
         kind = {"action": argparse.BooleanOptionalAction} if param.type is bool else {
             "type": param.parse, "metavar": "{" + ",".join(param.choices) + "}" if param.choices else param.type.__name__.upper()}
-        groups[param.stage].add_argument(f"--{param.name}", default=argparse.SUPPRESS, help=param.help + default, **kind)
+        names = [f"--{param.name}"] + ["--patch_size"] * (param.name == "input_size")  # two names that the field has for it
+        groups[param.stage].add_argument(*names, default=argparse.SUPPRESS, help=param.help + default, **kind)
     train.set_defaults(command=train_command)
 
     resume = commands.add_parser("resume", help="go on with a run folder, also after hparams.yaml was edited",

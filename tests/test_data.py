@@ -89,7 +89,7 @@ def test_augmentations_equal_torchvisions(name, ours, values):
         torch.testing.assert_close(result, exact, rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (40, 28, 32), (64, 64, 32), (96, 80, 32)])
+@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (40, 28, 32), (64, 64, 32), (96, 80, 32), (128, 120, 112)])
 def test_crops_equal_torchvisions(height, width, size, monkeypatch):
     monkeypatch.setattr(data, "augment", lambda x, params, n_by_turn: x)
     images = pictures(5, height, width)
@@ -97,8 +97,11 @@ def test_crops_equal_torchvisions(height, width, size, monkeypatch):
     params = data.sample_params(30, height, width, data.generator(0, "t"))
     for i, patch in enumerate(patches):
         box = int(params["top"][i]), int(params["left"][i]), height // 2, width // 2
-        expected = through_pil(TF.resized_crop, images[i % 5], *box, [size, size])
-        torch.testing.assert_close(patch, expected.flip(-1) if params["flip"][i] else expected, rtol=0, atol=2)
+        mode = TF.InterpolationMode.BICUBIC if size > 32 else TF.InterpolationMode.BILINEAR
+        expected = through_pil(TF.resized_crop, images[i % 5], *box, [size, size], mode)
+        gap = (patch - (expected.flip(-1) if params["flip"][i] else expected)).abs()
+        assert gap.max() <= (8 if size > 32 else 2)  # Pillow clips what overshoots between the two axes too
+        assert (gap <= 2).float().mean() > 0.995
 
 
 def test_patches_equal_a_plain_loop_over_pil_images(monkeypatch):
