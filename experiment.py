@@ -150,6 +150,7 @@ PARAMS = [
     Param("device", str, "auto", "none", "auto (cuda, mps or cpu), cpu, mps, cuda or cuda:N"),
     Param("deterministic", bool, False, "none", "the same bits each time on CUDA too, slower"),
     Param("compile", bool, False, "none", "torch.compile the network; on a CPU the steps are no faster for it"),
+    Param("tensorboard", bool, True, "none", "TensorBoard events too, where the package is installed"),
     Param("print_freq", int, 50, "none", "steps between two lines of progress and metrics", low=1),
     Param("eval_freq", int, 0, "none", "steps between two quick kNN accuracies while training, 0: never", low=0),
     Param("checkpoint_every", float, 60.0, "none", "seconds between two checkpoints within an epoch", low=0),
@@ -465,20 +466,6 @@ def save_checkpoint(exp_dir, content):
             (folder / "previous.pt").unlink(missing_ok=True)
     else:
         save(folder / "last.pt", content, keep=folder / "previous.pt")
-
-
-def rewind_metrics(exp_dir, checkpoint):
-    """Cut off the lines of metrics.jsonl that were written after the checkpoint: their steps come again."""
-    metrics = exp_dir / "metrics.jsonl"
-    if parallel.FIRST and metrics.exists():
-        keep = checkpoint["metrics_bytes"] if checkpoint else 0
-        os.truncate(metrics, min(keep, metrics.stat().st_size))
-
-
-def log_metrics(exp_dir, **values):
-    """Append one JSON object, a line, to metrics.jsonl."""
-    with open(exp_dir / "metrics.jsonl" if parallel.FIRST else os.devnull, "a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
 
 
 def write_json(path, content):

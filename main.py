@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ import experiment
 import loss
 import parallel
 from experiment import PARAMS, STAGES, RunError, UsageError
+from journal import Journal
 from lars import LARS
 from model import Encoder
 
@@ -43,6 +45,14 @@ def say(*words, **kwargs):
         print(*words, **kwargs, flush=True)  # a pipe sees each line when it is written
 
 
+def paint(text, code, stream):
+    """The text in a colour or weight, on a terminal alone and where NO_COLOR is not set (no-color.org)."""
+    return f"\033[{code}m{text}\033[0m" if stream.isatty() and not os.environ.get("NO_COLOR") else text
+
+
+def say_stage(title):
+    say(paint(f"===> {title}", "1", sys.stdout))
+
 
 def main(argv=None):
     """Run one command, e.g. main(["train", "--dataset", "textures"]), and return the exit code:
@@ -50,7 +60,9 @@ def main(argv=None):
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
         args = parse(argv)
-        with handling(raise_interrupted):
+        with handling(raise_interrupted), warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")  # those of libraries; this program prints its own
             args.command(args)
         return 0
     except SystemExit as stop:  # argparse, after --help
@@ -65,7 +77,7 @@ def main(argv=None):
         known = isinstance(error, (RunError, UsageError))
         message = str(error) if known else explain(error)
         if parallel.FIRST or not known:  # what is known they all find, and one tells
-            print(f"error: {'' if known else parallel.name()}{message}", file=sys.stderr)
+            print(paint("error:", "31", sys.stderr), f"{'' if known else parallel.name()}{message}", file=sys.stderr)
         return error.code if known else 1
 
 
@@ -129,7 +141,8 @@ def parse(argv=None):
 
     for command in (train, resume, cleanup):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args([canonical(arg) for arg in (sys.argv[1:] if argv is None else argv)])
+    argv = [canonical(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    return parser.parse_args(argv, argparse.Namespace(argv=argv))
 
 
 def canonical(arg):
@@ -159,7 +172,7 @@ def train_command(args):
         edited = experiment.differences(vars(experiment.read_hparams(exp_dir)), vars(hp))
         for name, (there, here) in edited.items():
             say(f"* {name} is {there} in {exp_dir}/hparams.yaml and {here} in this command, which decides")
-    run(hp, exp_dir, start_over=not args.resume)
+    run(hp, exp_dir, args.argv, start_over=not args.resume)
 
 
 def dry_run(hp, n_timed=3):
@@ -193,7 +206,7 @@ def dry_run(hp, n_timed=3):
 def resume_command(args):
     hp = experiment.read_hparams(args.exp_dir)
     say(f"* Loaded configuration settings from: {args.exp_dir / 'hparams.yaml'}")
-    run(hp, args.exp_dir)
+    run(hp, args.exp_dir, args.argv)
 
 
 def cleanup_command(args):
@@ -223,21 +236,21 @@ def confirmed(question):
 # -------------------------------------------------------------------------------------------- pipeline
 
 
-def run(hp, exp_dir, start_over=False):
-    """The three stages, each skipped where its result is in the run folder, and the report, in no other process meanwhile.
+def run(hp, exp_dir, argv, start_over=False):
+    """The three stages, each skipped where its result is in the run folder, and the summary, in no other process meanwhile.
 
-    start_over: move a run folder that exists aside first. Raises UsageError or RunError, before anything is written
-    where the settings or the data are at fault.
+    argv: the command line, for the journal. start_over: move a run folder that exists aside first.
+    Raises UsageError or RunError, before anything is written where the settings or the data are at fault.
     """
     device = pick_device(parallel.own_device(hp.device))
     if hp.bs % parallel.WORLD:
         raise UsageError(f"bs {hp.bs} must be a multiple of the {parallel.WORLD} processes, which share a batch")
-    with experiment.locked(exp_dir), parallel.processes(device):
-        run_stages(hp, exp_dir, device, start_over)
+    precision = pick_precision(hp.precision, device)
+    with experiment.locked(exp_dir), parallel.processes(device), Journal(exp_dir, hp, argv, device, precision) as journal:
+        run_stages(hp, exp_dir, journal, device, precision == "bf16", start_over)
 
 
-def run_stages(hp, exp_dir, device, start_over):
-    bf16 = pick_precision(hp.precision, device) == "bf16"
+def run_stages(hp, exp_dir, journal, device, bf16, start_over):
     say(f"* Device: {device}, precision: {'bf16' if bf16 else 'fp32'}")
     if hp.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -264,8 +277,8 @@ def run_stages(hp, exp_dir, device, start_over):
 
     encoder = encoder.to(device, memory_format=torch.channels_last)  # on a CPU 1.3x in training, 1.8x in encoding
     if not experiment.is_trained(hp, checkpoint):
-        say("===> Training SSL encoder")
-        checkpoint = train(hp, exp_dir, encoder, images(), checkpoint, changed, bf16)
+        say_stage("Training SSL encoder")
+        checkpoint = train(hp, exp_dir, journal, encoder, images(), checkpoint, changed, bf16)
     say(f"* Encoder: {exp_dir / 'checkpoints' / 'last.pt'}")
 
     weights = experiment.checksum(*checkpoint["encoder"].values())
@@ -278,8 +291,10 @@ def run_stages(hp, exp_dir, device, start_over):
     encoded = {split: load_cached(exp_dir / "artifacts" / f"{split}.pt", encode_key) for split in splits}
     for split in splits:
         if encoded[split] is None:
-            say(f"===> Encoding '{split}' dataset for evaluation")
-            encoded[split] = encode(hp, exp_dir, encoder, images()[split], split, encode_key, bf16)
+            say_stage(f"Encoding '{split}' dataset for evaluation")
+            image_set = images()[split]
+            journal.begin(f"encoding {split}")
+            encoded[split] = encode(hp, exp_dir, journal, encoder, image_set, split, encode_key, bf16)
     if not parallel.FIRST:
         return
 
@@ -287,9 +302,13 @@ def run_stages(hp, exp_dir, device, start_over):
     result = experiment.read_json(exp_dir / "linear_accuracy.json")
     missing = why_no_probe(class_names, "test" in splits)
     if not missing and (result.get("key") != probe_key or not load_cached(exp_dir / "probe.pt", probe_key)):
-        say("===> Fitting a linear classifier")
+        say_stage("Fitting a linear classifier")
+        journal.begin("probe")
         result = probe(hp, exp_dir, encoded, class_names, probe_key, device, bf16)
-    report(exp_dir, checkpoint, encoded, result, missing)
+    encoding = sum(split["seconds"] for split in encoded.values())
+    seconds = {"training": checkpoint["seconds"], "encoding": encoding, **({} if missing else {"probe": result["seconds"]})}
+    journal.finish(checkpoint["metrics_bytes"], {} if missing else result, seconds=seconds)
+    summary(exp_dir, checkpoint, encoded["train"], seconds, result, missing)
 
 
 def pick_device(name):
@@ -397,7 +416,7 @@ def load_strictly(module, weights, source):
 # -------------------------------------------------------------------------------------------- training
 
 
-def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
+def train(hp, exp_dir, journal, encoder, images, checkpoint, changed, bf16):
     """Train from the checkpoint (None: from the start) to hp.n_epochs; returns the last checkpoint. Raises RunError where
     a loss, gradient or weight is not finite, and Interrupted after a signal, its checkpoint written.
 
@@ -409,11 +428,11 @@ def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
     bs, n_steps = hp.bs, len(pixels) // hp.bs
     optimizer = build_optimizer(hp, encoder)
     n_total = experiment.n_steps_in(hp.n_epochs, n_steps)
-    state = restore(hp, exp_dir, optimizer, checkpoint, changed, n_steps, device)
-    save = functools.partial(save_state, hp, exp_dir, images["info"], encoder, optimizer, n_steps, state)
-    content = checkpoint or save()  # a folder that can't be written is found now
     if not (exp_dir / "patches.png").exists():
         draw_patches(pixels[:8].to(device), hp, exp_dir / "patches.png")
+    state = restore(hp, journal, optimizer, checkpoint, changed, n_steps, device)
+    save = functools.partial(save_state, hp, exp_dir, images["info"], encoder, optimizer, state)
+    content = checkpoint or save()  # a folder that can't be written is found now
 
     say_memory(hp, encoder, pixels, bf16)
     encoder.train()
@@ -434,9 +453,9 @@ def train(hp, exp_dir, encoder, images, checkpoint, changed, bf16):
                 state.step, state.timed = step + 1, state.timed + 1
                 state.recent.append(metrics)
                 if state.step % hp.print_freq == 0 or state.step == stop:
-                    summarise(state, exp_dir, lr, hp.n_patches * bs, bar)
+                    summarise(state, journal, lr, hp.n_patches * bs, bar)
                 if hp.eval_freq and (epoch * n_steps + state.step) % hp.eval_freq == 0:
-                    quick_knn(hp, exp_dir, encoder, images, state, bf16)
+                    quick_knn(hp, journal, encoder, images, state, bf16)
                 due = time.monotonic() - state.saved_at > hp.checkpoint_every
                 signum, due = parallel.greatest(signals[0] if signals else 0, due)
                 if state.step < stop and (signum or due):
@@ -545,7 +564,7 @@ def build_optimizer(hp, encoder):
     return LARS(params, hp.lr, momentum=0.9, weight_decay=hp.weight_decay, nesterov=True, eta=0.005, clip=True)
 
 
-def restore(hp, exp_dir, optimizer, checkpoint, changed, n_steps, device):
+def restore(hp, journal, optimizer, checkpoint, changed, n_steps, device):
     """The state of the training loop, and the optimizer's and metrics.jsonl's, as they were at the checkpoint.
 
     totals (3,): sums of invariance, uniformity and gradient norm over n_totals steps of this epoch; recent: the same
@@ -564,15 +583,21 @@ def restore(hp, exp_dir, optimizer, checkpoint, changed, n_steps, device):
             state.step = min(state.step * changed["bs"][0] // hp.bs, n_steps - 1, left - 1)
             state.totals, state.n_totals, state.recent = torch.zeros(3), 0, torch.zeros(0, 3)
         say(f"* Going on at epoch {state.epoch} step {state.step}")
-    experiment.rewind_metrics(exp_dir, checkpoint)
+    state.n_steps = n_steps
+    journal.begin("training", checkpoint["metrics_bytes"] if checkpoint else 0)
     for name, (old, new) in changed.items():
-        experiment.log_metrics(exp_dir, event="changed", epoch=state.epoch, step=state.step, name=name, old=old, new=new)
+        journal.log(event="changed", **place(state), name=name, old=old, new=new)
     state.recent, state.timed = list(state.recent.to(device)), 0
     state.resumed_at = state.saved_at = state.summarised_at = time.monotonic()
     return state
 
 
-def save_state(hp, exp_dir, info, encoder, optimizer, n_steps, state):
+def place(state):
+    """Where in the training a line of metrics.jsonl belongs."""
+    return {"epoch": state.epoch, "step": state.step, "global_step": state.epoch * state.n_steps + state.step}
+
+
+def save_state(hp, exp_dir, info, encoder, optimizer, state):
     """Write a checkpoint, unless the weights or a loss since the last one are not finite; returns its content."""
     check_finite(state)
     if not all(value.isfinite().all() for value in encoder.state_dict().values()):
@@ -587,7 +612,7 @@ def save_state(hp, exp_dir, info, encoder, optimizer, n_steps, state):
         "optimizer": optimizer.state_dict()["state"],
         "epoch": state.epoch,
         "step": state.step,
-        "n_steps": n_steps,
+        "n_steps": state.n_steps,
         "totals": state.totals,
         "n_totals": state.n_totals,
         "recent": torch.stack(state.recent).cpu() if state.recent else torch.zeros(0, 3),
@@ -610,7 +635,7 @@ def check_finite(state):
                 raise RunError(f"epoch {state.epoch} step {step}: the {name} is {value}; {REMEDY}")
 
 
-def summarise(state, exp_dir, lr, patches_per_step, bar):
+def summarise(state, journal, lr, patches_per_step, bar):
     """Add the steps since the last summary to the totals, and to metrics.jsonl and the screen as their mean."""
     check_finite(state)  # reads the losses of many steps at once: the device is waited for here and not in each
     rows = torch.stack(state.recent).cpu()  # (steps, 3)
@@ -619,16 +644,17 @@ def summarise(state, exp_dir, lr, patches_per_step, bar):
     now = time.monotonic()
     speed = state.timed * patches_per_step / (now - state.summarised_at)
     state.timed, state.summarised_at = 0, now
-    experiment.log_metrics(exp_dir, epoch=state.epoch, step=state.step, loss_sim=invariance, loss_uniformity=uniformity,
-                           grad_norm=grad_norm, lr=lr, patches_per_second=round(speed, 1))
+    journal.log(**place(state), loss_sim=invariance, loss_uniformity=uniformity, grad_norm=grad_norm, lr=lr,
+                patches_per_second=round(speed, 1))  # fmt: skip
     text = f"sim {invariance:.4f} uniformity {uniformity:.3f} lr {lr:.4f} {speed:,.0f} patches/s"
     if bar.disable:
-        say(f"epoch {state.epoch} step {state.step}/{bar.total} | {text}")
+        left = tqdm.format_interval((bar.total - state.step) * patches_per_step / speed)
+        say(f"epoch {state.epoch} step {state.step}/{bar.total} | {text}, {left} left")
     else:
         bar.set_postfix_str(text)
 
 
-def quick_knn(hp, exp_dir, encoder, images, state, bf16):
+def quick_knn(hp, journal, encoder, images, state, bf16):
     """kNN accuracy now, of up to 1,000 test images among up to 5,000 training images, by 4 views of each."""
     train_set, test_set = images["train"], images["test"]
     device, n_patches = next(encoder.parameters()).device, min(4, hp.test_patches or hp.n_patches)
@@ -641,7 +667,7 @@ def quick_knn(hp, exp_dir, encoder, images, state, bf16):
                                   size=hp.input_size, emb_pool=hp.emb_pool, bf16=bf16)  # fmt: skip
         tensors += [encoded["embeddings"], image_set.labels[subset]]
     top1 = evaluate.knn(*tensors, len(train_set.class_names))
-    experiment.log_metrics(exp_dir, epoch=state.epoch, step=state.step, knn_top1=top1)
+    journal.log(**place(state), knn_top1=top1)
     say(f"epoch {state.epoch} step {state.step} | kNN {top1:.2f}%")
 
 
@@ -665,13 +691,16 @@ def quiet():
     return None if parallel.FIRST else True
 
 
-def progress(items, desc, every):
-    """The items, with a progress bar on a terminal, else a line after each `every` of them."""
-    bar = tqdm(items, desc, disable=quiet())
+def progress(items, desc, every, unit, size=1):
+    """The items, each of so many units, with a progress bar on a terminal, else a line after each `every` of them."""
+    start = time.monotonic()
+    bar = tqdm(items, desc, disable=quiet(), unit=f" {unit}", unit_scale=size)
     for done, item in enumerate(bar, 1):
         yield item
         if bar.disable and done % every == 0:
-            say(f"{desc} {done}/{len(items)}")
+            rate = done / (time.monotonic() - start)
+            left = tqdm.format_interval((len(items) - done) / rate)
+            say(f"{desc} {done}/{len(items)} | {size * rate:,.0f} {unit}/s, {left} left")
 
 
 def load_cached(path, key):
@@ -689,7 +718,7 @@ def load_cached(path, key):
     return content
 
 
-def encode(hp, exp_dir, encoder, image_set, split, key, bf16):
+def encode(hp, exp_dir, journal, encoder, image_set, split, key, bf16):
     """Encode a split and write it to artifacts; returns what is in the file. Raises RunError if an embedding is not finite."""
     start, n, n_patches = time.monotonic(), len(image_set.images), key["test_patches"]
     path = exp_dir / "artifacts" / f"{split}.pt"
@@ -699,7 +728,8 @@ def encode(hp, exp_dir, encoder, image_set, split, key, bf16):
         if size > shutil.disk_usage(exp_dir).free:
             raise RunError(f"save_proj needs {size / 1e9:.2f} GB in {exp_dir}, more than is free there")
     pixels = data.on_device(image_set.images, next(encoder.parameters()).device)
-    bar = functools.partial(progress, desc=f"encode {split}", every=hp.print_freq)
+    bar = functools.partial(progress, desc=f"encode {split}", every=hp.print_freq, unit="patches",
+                            size=key["bs"] * data.count_views(n_patches, hp.eval_views))  # fmt: skip
     encoded = evaluate.encode(encoder, pixels, n_patches, hp.seed, split, key["bs"], views=hp.eval_views, size=hp.input_size,
                               emb_pool=hp.emb_pool, save_proj=hp.save_proj, bf16=bf16, progress=bar,
                               part=(parallel.RANK, parallel.WORLD))  # fmt: skip
@@ -709,8 +739,18 @@ def encode(hp, exp_dir, encoder, image_set, split, key, bf16):
     encoded |= {"key": key, "seconds": time.monotonic() - start}
     if image_set.labels is not None:
         encoded["labels"] = image_set.labels
+    if split == "test":
+        add_embeddings(journal, encoded["embeddings"], image_set, hp.seed)
     experiment.save(path, encoded)
     return encoded
+
+
+def add_embeddings(journal, embeddings, image_set, seed, n=1000):
+    """Up to n test embeddings to TensorBoard, with their images and the names of their classes."""
+    images, labels, class_names = image_set
+    some = data.balanced_subset(labels, len(images), min(n, len(images)), data.generator(seed, "projector"))
+    names = ["" if labels is None else class_names[labels[i]] for i in some]
+    journal.add_embeddings(embeddings[some], data.subset_of(images, some)[:], names)
 
 
 def why_no_probe(class_names, has_test):
@@ -726,7 +766,7 @@ def probe(hp, exp_dir, encoded, class_names, key, device, bf16):
     x, y, x_test, y_test = (encoded[split][name].to(device) for split in ("train", "test") for name in ("embeddings", "labels"))
     result, layer = evaluate.linear_probe(
         x, y, x_test, y_test, len(class_names), hp.eval_lr, hp.n_eval_epochs, seed=hp.seed, bf16=bf16,
-        progress=functools.partial(progress, desc="linear probe", every=hp.print_freq),
+        progress=functools.partial(progress, desc="linear probe", every=hp.print_freq, unit="epochs"),
     )
     result["knn_top1"] = evaluate.knn(x, y, x_test, y_test, len(class_names))
     experiment.save(exp_dir / "probe.pt", {**layer.state_dict(), "class_names": class_names, "key": key})
@@ -735,9 +775,9 @@ def probe(hp, exp_dir, encoded, class_names, key, device, bf16):
     return result
 
 
-def report(exp_dir, checkpoint, encoded, result, missing):
-    say("===> Report")
-    say(f"images           by {encoded['train']['n_views']} views each: {encoded['train']['key']['eval_views']}")
+def summary(exp_dir, checkpoint, train_split, seconds, result, missing):
+    say_stage("Report")
+    say(f"images           by {train_split['n_views']} views each: {train_split['key']['eval_views']}")
     if missing:
         say(f"linear probe     skipped: {missing}")
     else:
@@ -746,9 +786,7 @@ def report(exp_dir, checkpoint, encoded, result, missing):
         say(f"                 learning rate {result['lr']:g}{chosen}")
         say(f"                 top-1 {result['best_top1']:.2f}%  best epoch ({result['best_epoch']}), chosen on the test images")
         say(f"20-NN            top-1 {result['knn_top1']:.2f}%")
-    encoding = sum(split["seconds"] for split in encoded.values())
-    probing = "" if missing else f"  probe {result['seconds']:.1f}"
-    say(f"seconds          training {checkpoint['seconds']:.1f}  encoding {encoding:.1f}{probing}")
+    say("seconds          " + "  ".join(f"{stage} {taken:.1f}" for stage, taken in seconds.items()))
     say(f"memory           {checkpoint['peak_memory'] / 1e9:.2f} GB at most while training")
     say(f"files            {exp_dir}")
 

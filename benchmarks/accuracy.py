@@ -10,8 +10,6 @@ Each experiment goes through main.main, in a temporary folder. Then: python benc
 
 import argparse
 import json
-import os
-import platform
 import re
 import subprocess
 import sys
@@ -20,14 +18,13 @@ import time
 from pathlib import Path
 
 import numpy
-import torch
-import torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 import experiment  # noqa: E402
+import journal  # noqa: E402
 import main  # noqa: E402
 
 PRECISION = "--n_images 3000 --arch resnet18-imagenet --n_patches 8 --n_epochs 1"  # baseline.py has these options too
@@ -102,20 +99,8 @@ def raw_pixels(argv):
 
 
 def machine(device="auto"):
-    model = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     device = main.pick_device(device)
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else str(device),
-        "precision": main.pick_precision("auto", device),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": numpy.__version__,
-    }
+    return journal.machine(device, main.pick_precision("auto", device))
 
 
 if __name__ == "__main__":

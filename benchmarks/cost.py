@@ -22,6 +22,7 @@ from accuracy import machine  # noqa: E402
 
 import data  # noqa: E402
 import experiment  # noqa: E402
+import journal  # noqa: E402
 import main  # noqa: E402
 
 
@@ -42,7 +43,8 @@ def measure(folder):
     encoder = main.build_encoder(hp, None).to(device, memory_format=torch.channels_last)
     optimizer = main.build_optimizer(hp, encoder)
     images = torch.randint(0, 256, (hp.bs, 3, 32, 32), dtype=torch.uint8, device=device)
-    state = main.restore(hp, folder, optimizer, None, {}, 500, device)
+    log = journal.Journal(folder, hp, [], device, hp.precision)
+    state = main.restore(hp, log, optimizer, None, {}, 500, device)
     metrics = []
 
     def step():
@@ -50,13 +52,13 @@ def measure(folder):
 
     def check():
         state.recent, state.timed, state.step = hp.print_freq * metrics[-1:], 1, 50
-        main.summarise(state, folder, hp.lr, 1, SimpleNamespace(disable=False, set_postfix_str=print))
+        main.summarise(state, log, hp.lr, 1, SimpleNamespace(disable=False, set_postfix_str=print))
 
     steps = seconds(step, 3)
     checks = seconds(check)
     experiment.prepare(folder, hp)
     info = {"train": "", "test": "", "class_names": []}
-    saves = seconds(lambda: main.save_state(hp, folder, info, encoder, optimizer, 500, state))
+    saves = seconds(lambda: main.save_state(hp, folder, info, encoder, optimizer, state))
     size = (folder / "checkpoints" / "last.pt").stat().st_size
     return {"step": steps, "check": checks, "checkpoint": saves, "bytes": size, "print_freq": hp.print_freq,
             "checkpoint_every": hp.checkpoint_every, "machine": machine()}  # fmt: skip

@@ -93,7 +93,8 @@ MEASURED = ("seconds", "patches_per_second", "peak_memory", "metrics_bytes")
 
 
 def contents(exp_dir):
-    """Everything in a run folder but times and memory, comparable with ==: tensors as their bytes."""
+    """Everything in a run folder but times and memory, comparable with ==: tensors as their bytes. environment.json and
+    tensorboard/ tell of launches and times: their own tests read them."""
 
     def plain(value):
         if isinstance(value, torch.Tensor):
@@ -108,12 +109,24 @@ def contents(exp_dir):
         ".jsonl": lambda path: [json.loads(line) for line in path.read_text().splitlines()],
     }
     files = sorted(path for path in exp_dir.rglob("*") if path.is_file())
+    files = [path for path in files if path.name != "environment.json" and "tensorboard" not in path.parts]
     return {str(path.relative_to(exp_dir)): plain(read.get(path.suffix, Path.read_bytes)(path)) for path in files}
+
+
+def training_lines(exp_dir):
+    """The lines of metrics.jsonl that are of the training, not of the probe."""
+    return [line for line in contents(exp_dir)["metrics.jsonl"] if "epoch" in line]
 
 
 def fingerprints(exp_dir):
     """Bytes and times of all files: equal only if nothing was written."""
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(exp_dir.rglob("*")) if path.is_file()}
+
+
+def changed_files(exp_dir, before):
+    """Names of the files that differ from those fingerprints, in bytes or times; the journal's, in each launch, left out."""
+    ours = {path: value for path, value in fingerprints(exp_dir).items() if "tensorboard" not in path.parts}
+    return {path.name for path, value in ours.items() if before.get(path) != value} - {"environment.json", "metrics.jsonl"}
 
 
 def edit(exp_dir, **values):

@@ -17,6 +17,8 @@ import experiment
 # The program itself, killed by SIGKILL at the n-th call of one of its functions.
 KILL = """
 import os, signal, sys, torch, main, data, evaluate, experiment
+from journal import Journal
+sys.modules["Journal"] = Journal
 module, name, n = sys.modules[sys.argv[1]], sys.argv[2], int(sys.argv[3])
 function, calls = getattr(module, name), 0
 def counted(*args, **kwargs):
@@ -39,14 +41,14 @@ sys.exit(main.main(sys.argv[4:]))
     ("module", "name", "n"),
     [
         ("data", "sample_patches", 5),  # training (call 1 draws patches.png): the middle of epoch 0
-        ("experiment", "log_metrics", 4),  # the end of epoch 1, its losses not yet written
+        ("Journal", "log", 4),  # the end of epoch 1, its losses not yet written
         ("torch", "save", 5),  # writing last.pt after step 4, whose line in metrics.jsonl will be written again
         ("torch", "save", 8),  # writing 0.pt
         ("torch", "save", 9),  # 0.pt written, last.pt not
         ("evaluate", "encode", 1),  # between the stages
         ("evaluate", "encode", 2),  # train encoded, test not
         ("evaluate", "accuracy", 2),  # in the probe
-        ("experiment", "write_json", 1),  # probe.pt written, its result not
+        ("experiment", "write_json", 5),  # probe.pt written, its result not; the first four tell of each stage
     ],
 )
 def test_sigkill_then_resume(tiny, finished, tmp_path, module, name, n):

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import yaml
-from conftest import ROOT, RUN, contents, edit, fingerprints, run, write_images
+from conftest import ROOT, RUN, changed_files, contents, edit, fingerprints, run, training_lines, write_images
 from PIL import Image
 
 import data
@@ -65,7 +65,7 @@ def test_the_report_tells_what_the_files_hold(finished):
 
 
 def test_metrics_and_rate(finished):
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    lines = training_lines(finished)
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, 4), (0, 6), (1, 4), (1, 6)]
     # A cosine over all 12 steps, from lr towards 0; each line gives the rate of its last step: 3, 5, 9 and 11.
     expected = [0.15 * (1 + torch.tensor(torch.pi * step / 12).cos().item()) for step in (3, 5, 9, 11)]
@@ -81,7 +81,7 @@ def test_training_lowers_the_loss_and_leaves_the_labels_alone(tiny, images, tmp_
     trained_with("--data_dir", heap, tiny=tiny, tmp_path=tmp_path)
     ours, labelled = (experiment.load(folder / "checkpoints" / "last.pt")["encoder"] for folder in (tmp_path / RUN, finished))
     assert all(torch.equal(ours[name], labelled[name]) for name in labelled)
-    first, *_, last = [json.loads(line) for line in (tmp_path / RUN / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = training_lines(tmp_path / RUN)
     assert 200 * last["loss_sim"] + last["loss_uniformity"] < 200 * first["loss_sim"] + first["loss_uniformity"]
 
 
@@ -114,7 +114,7 @@ def test_a_probe_setting_runs_only_the_probe_again(copy):
     edit(copy, eval_lr="1e-1")
     result = run("resume", "--exp_dir", copy)
     assert result.code == 0, result.err
-    changed = {path.name for path, value in fingerprints(copy).items() if before[path] != value}
+    changed = changed_files(copy, before)
     assert changed == {"hparams.yaml", "linear_accuracy.json", "probe.pt"}  # the first by our edit
     assert yaml.safe_load((copy / "hparams.yaml").read_text())["params"]["eval_lr"] == "1e-1"  # as it was typed
     assert json.loads((copy / "linear_accuracy.json").read_text())["key"]["eval_lr"] == 0.1
@@ -127,7 +127,7 @@ def test_an_encode_setting_encodes_and_probes_again(copy, change):
     before = fingerprints(copy)
     edit(copy, **change)
     assert run("resume", "--exp_dir", copy).code == 0
-    changed = {path.name for path, value in fingerprints(copy).items() if before[path] != value}
+    changed = changed_files(copy, before)
     assert changed == {"hparams.yaml", "train.pt", "test.pt", "linear_accuracy.json", "probe.pt"}
     encoded = experiment.load(copy / "artifacts" / "test.pt")
     assert encoded["embeddings"].shape == (10, 4 if change == {"emb_pool": "proj"} else 8)
@@ -176,7 +176,7 @@ def test_a_part_of_an_epoch_and_the_rest_of_it(tiny, tmp_path):
     """1.5 epochs of 6 steps: 9 steps and a cosine over them; then on to 2 epochs, from the middle of the second."""
     trained_with("--n_epochs", "1.5", "--print_freq", "1", tiny=tiny, tmp_path=tmp_path)
     exp_dir = tmp_path / RUN
-    lines = [json.loads(line) for line in (exp_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = training_lines(exp_dir)
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, n) for n in range(1, 7)] + [(1, 1), (1, 2), (1, 3)]
     assert [line["lr"] for line in lines] == pytest.approx([0.15 * (1 + math.cos(math.pi * t / 9)) for t in range(9)])
     assert {path.name for path in (exp_dir / "checkpoints").iterdir()} == {"0.pt", "previous.pt", "last.pt"}
@@ -189,7 +189,7 @@ def test_a_part_of_an_epoch_and_the_rest_of_it(tiny, tmp_path):
     result = run("resume", "--exp_dir", exp_dir)
     assert "Going on at epoch 1 step 3" in result.out
     assert (exp_dir / "checkpoints" / "1.pt").exists()
-    assert len((exp_dir / "metrics.jsonl").read_text().splitlines()) == 9 + 1 + 3  # a line says that n_epochs changed
+    assert len(training_lines(exp_dir)) == 9 + 1 + 3  # a line says that n_epochs changed
 
 
 def test_a_preset_is_ordinary_hyperparameters(finished, tmp_path):
@@ -237,7 +237,7 @@ def test_a_training_setting_edited_on_the_way_is_used_and_recorded(copy):
     assert "lr was 0.3, from here on it is 0.1" in result.out
     new = contents(copy)["metrics.jsonl"]
     assert new[:2] == old[:2]
-    assert new[2] == {"event": "changed", "epoch": 1, "step": 0, "name": "lr", "old": 0.3, "new": 0.1}
+    assert new[2] == {"event": "changed", "epoch": 1, "step": 0, "global_step": 6, "name": "lr", "old": 0.3, "new": 0.1}
     assert new[3]["name"] == "weight_decay"
     assert new[4]["lr"] == pytest.approx(old[2]["lr"] / 3)
     assert new[4]["loss_sim"] != old[2]["loss_sim"]

@@ -9,7 +9,7 @@ import sys
 import pytest
 import ranks
 import torch
-from conftest import ROOT, RUN, contents, run
+from conftest import ROOT, RUN, contents, run, training_lines
 
 import data
 import experiment
@@ -59,7 +59,7 @@ def test_two_processes_train_encode_and_report_once_and_one_goes_on(tiny, finish
     assert len(re.findall("^Epoch: 0", done.stdout, re.M)) == 1
     ours, undisturbed = contents(tmp_path / RUN), contents(finished)
     assert set(ours) == set(undisturbed)
-    assert [(line["epoch"], line["step"]) for line in ours["metrics.jsonl"]] == [(0, 4), (0, 6), (1, 4), (1, 6)]
+    assert [(line["epoch"], line["step"]) for line in training_lines(tmp_path / RUN)] == [(0, 4), (0, 6), (1, 4), (1, 6)]
     assert run("resume", "--exp_dir", tmp_path / RUN).code == 0
     assert contents(tmp_path / RUN) == ours  # nothing was left to do
     by_two = {split: experiment.load(tmp_path / RUN / "artifacts" / f"{split}.pt") for split in ("train", "test")}
