@@ -119,7 +119,7 @@ class Journal:
             return
         self.begin(metrics_bytes=metrics_bytes)
         for epoch, (top1, top5) in enumerate(result.get("per_epoch", [])):
-            self.log(probe_epoch=epoch, top1=top1, top5=top5)
+            self.add(probe_epoch=epoch, top1=top1, top5=top5)
         if result:
             self.add_result(result)
         self.launch |= {"end": now(), "outcome": "finished", **values}
@@ -128,7 +128,7 @@ class Journal:
     def write(self):
         experiment.write_json(self.exp_dir / "environment.json", self.launches)
 
-    def log(self, **values):
+    def add(self, **values):
         """A line of metrics.jsonl, a JSON object, and its numbers as TensorBoard scalars."""
         if not parallel.FIRST:
             return

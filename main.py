@@ -29,13 +29,15 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import compare
 import data
 import evaluate
 import experiment
+import journal
 import loss
 import parallel
+import report
 from experiment import PARAMS, STAGES, RunError, UsageError
-from journal import Journal
 from lars import LARS
 from model import Encoder
 
@@ -139,7 +141,20 @@ def parse(argv=None):
     cleanup.add_argument("-y", dest="yes", action="store_true", help="do not ask")
     cleanup.set_defaults(command=cleanup_command)
 
-    for command in (train, resume, cleanup):
+    comparison = commands.add_parser("compare", help="the experiments of a folder as a table", description=(
+        "The experiments of a folder as a table: what differs between them, accuracies in percent, seconds, device, and whether "
+        "they are finished."))
+    comparison.add_argument("log_folder", type=Path, metavar="LOG_FOLDER", help="folder of run folders")
+    comparison.add_argument("--csv", action="store_true", help="comma-separated values")
+    comparison.add_argument("--sort", metavar="KEY", help="a column: accuracies fall, others rise (default: by name)")
+    comparison.set_defaults(command=compare_command)
+
+    page = commands.add_parser("report", help="a run as one page, report.html", description=(
+        "Print what a run ran in, and write report.html into its folder: one page with settings, result, curves and pictures."))
+    page.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
+    page.set_defaults(command=report_command)
+
+    for command in (train, resume, comparison, page, cleanup):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     argv = [canonical(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     return parser.parse_args(argv, argparse.Namespace(argv=argv))
@@ -209,6 +224,31 @@ def resume_command(args):
     run(hp, args.exp_dir, args.argv)
 
 
+def report_command(args):
+    """Write report.html of a run, also of one that is not finished or whose images are gone: the page says what is missing."""
+    report.require_packages()
+    exp_dir, hp = args.exp_dir, experiment.read_hparams(args.exp_dir)
+    checkpoint = exp_dir / "checkpoints" / "last.pt"
+    try:
+        images, missing = load_data(hp, experiment.load_checkpoint(checkpoint)), ""
+    except (UsageError, RunError) as error:
+        images, missing = {"train": None, "test": None}, str(error)
+        print(f"warning: no pictures of images: {error}", file=sys.stderr)
+    for launch in journal.read_launches(exp_dir):
+        for name, value in launch.items():
+            if name != "hparams":
+                say(f"{name:16} {value}")
+    path = exp_dir / "report.html"
+    with experiment.replacing(path) as file:
+        file.write(report.page(exp_dir, hp, images["train"], images["test"], missing).encode())
+    say(f"* Report: {path}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def compare_command(args):
+    columns, rows = compare.table(args.log_folder, args.sort)
+    say((compare.as_csv if args.csv else compare.as_text)(columns, rows))
+
+
 def cleanup_command(args):
     if not args.log_folder.is_dir():
         raise UsageError(f"log_folder {args.log_folder} is not a folder")
@@ -246,11 +286,11 @@ def run(hp, exp_dir, argv, start_over=False):
     if hp.bs % parallel.WORLD:
         raise UsageError(f"bs {hp.bs} must be a multiple of the {parallel.WORLD} processes, which share a batch")
     precision = pick_precision(hp.precision, device)
-    with experiment.locked(exp_dir), parallel.processes(device), Journal(exp_dir, hp, argv, device, precision) as journal:
-        run_stages(hp, exp_dir, journal, device, precision == "bf16", start_over)
+    with experiment.locked(exp_dir), parallel.processes(device), journal.Journal(exp_dir, hp, argv, device, precision) as log:
+        run_stages(hp, exp_dir, log, device, precision == "bf16", start_over)
 
 
-def run_stages(hp, exp_dir, journal, device, bf16, start_over):
+def run_stages(hp, exp_dir, log, device, bf16, start_over):
     say(f"* Device: {device}, precision: {'bf16' if bf16 else 'fp32'}")
     if hp.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -278,7 +318,7 @@ def run_stages(hp, exp_dir, journal, device, bf16, start_over):
     encoder = encoder.to(device, memory_format=torch.channels_last)  # on a CPU 1.3x in training, 1.8x in encoding
     if not experiment.is_trained(hp, checkpoint):
         say_stage("Training SSL encoder")
-        checkpoint = train(hp, exp_dir, journal, encoder, images(), checkpoint, changed, bf16)
+        checkpoint = train(hp, exp_dir, log, encoder, images(), checkpoint, changed, bf16)
     say(f"* Encoder: {exp_dir / 'checkpoints' / 'last.pt'}")
 
     weights = experiment.checksum(*checkpoint["encoder"].values())
@@ -293,8 +333,8 @@ def run_stages(hp, exp_dir, journal, device, bf16, start_over):
         if encoded[split] is None:
             say_stage(f"Encoding '{split}' dataset for evaluation")
             image_set = images()[split]
-            journal.begin(f"encoding {split}")
-            encoded[split] = encode(hp, exp_dir, journal, encoder, image_set, split, encode_key, bf16)
+            log.begin(f"encoding {split}")
+            encoded[split] = encode(hp, exp_dir, log, encoder, image_set, split, encode_key, bf16)
     if not parallel.FIRST:
         return
 
@@ -303,11 +343,11 @@ def run_stages(hp, exp_dir, journal, device, bf16, start_over):
     missing = why_no_probe(class_names, "test" in splits)
     if not missing and (result.get("key") != probe_key or not load_cached(exp_dir / "probe.pt", probe_key)):
         say_stage("Fitting a linear classifier")
-        journal.begin("probe")
+        log.begin("probe")
         result = probe(hp, exp_dir, encoded, class_names, probe_key, device, bf16)
     encoding = sum(split["seconds"] for split in encoded.values())
     seconds = {"training": checkpoint["seconds"], "encoding": encoding, **({} if missing else {"probe": result["seconds"]})}
-    journal.finish(checkpoint["metrics_bytes"], {} if missing else result, seconds=seconds)
+    log.finish(checkpoint["metrics_bytes"], {} if missing else result, seconds=seconds)
     summary(exp_dir, checkpoint, encoded["train"], seconds, result, missing)
 
 
@@ -416,7 +456,7 @@ def load_strictly(module, weights, source):
 # -------------------------------------------------------------------------------------------- training
 
 
-def train(hp, exp_dir, journal, encoder, images, checkpoint, changed, bf16):
+def train(hp, exp_dir, log, encoder, images, checkpoint, changed, bf16):
     """Train from the checkpoint (None: from the start) to hp.n_epochs; returns the last checkpoint. Raises RunError where
     a loss, gradient or weight is not finite, and Interrupted after a signal, its checkpoint written.
 
@@ -430,7 +470,7 @@ def train(hp, exp_dir, journal, encoder, images, checkpoint, changed, bf16):
     n_total = experiment.n_steps_in(hp.n_epochs, n_steps)
     if not (exp_dir / "patches.png").exists():
         draw_patches(pixels[:8].to(device), hp, exp_dir / "patches.png")
-    state = restore(hp, journal, optimizer, checkpoint, changed, n_steps, device)
+    state = restore(hp, log, optimizer, checkpoint, changed, n_steps, device)
     save = functools.partial(save_state, hp, exp_dir, images["info"], encoder, optimizer, state)
     content = checkpoint or save()  # a folder that can't be written is found now
 
@@ -453,9 +493,9 @@ def train(hp, exp_dir, journal, encoder, images, checkpoint, changed, bf16):
                 state.step, state.timed = step + 1, state.timed + 1
                 state.recent.append(metrics)
                 if state.step % hp.print_freq == 0 or state.step == stop:
-                    summarise(state, journal, lr, hp.n_patches * bs, bar)
+                    summarise(state, log, lr, hp.n_patches * bs, bar)
                 if hp.eval_freq and (epoch * n_steps + state.step) % hp.eval_freq == 0:
-                    quick_knn(hp, journal, encoder, images, state, bf16)
+                    quick_knn(hp, log, encoder, images, state, bf16)
                 due = time.monotonic() - state.saved_at > hp.checkpoint_every
                 signum, due = parallel.greatest(signals[0] if signals else 0, due)
                 if state.step < stop and (signum or due):
@@ -564,7 +604,7 @@ def build_optimizer(hp, encoder):
     return LARS(params, hp.lr, momentum=0.9, weight_decay=hp.weight_decay, nesterov=True, eta=0.005, clip=True)
 
 
-def restore(hp, journal, optimizer, checkpoint, changed, n_steps, device):
+def restore(hp, log, optimizer, checkpoint, changed, n_steps, device):
     """The state of the training loop, and the optimizer's and metrics.jsonl's, as they were at the checkpoint.
 
     totals (3,): sums of invariance, uniformity and gradient norm over n_totals steps of this epoch; recent: the same
@@ -584,9 +624,9 @@ def restore(hp, journal, optimizer, checkpoint, changed, n_steps, device):
             state.totals, state.n_totals, state.recent = torch.zeros(3), 0, torch.zeros(0, 3)
         say(f"* Going on at epoch {state.epoch} step {state.step}")
     state.n_steps = n_steps
-    journal.begin("training", checkpoint["metrics_bytes"] if checkpoint else 0)
+    log.begin("training", checkpoint["metrics_bytes"] if checkpoint else 0)
     for name, (old, new) in changed.items():
-        journal.log(event="changed", **place(state), name=name, old=old, new=new)
+        log.add(event="changed", **place(state), name=name, old=old, new=new)
     state.recent, state.timed = list(state.recent.to(device)), 0
     state.resumed_at = state.saved_at = state.summarised_at = time.monotonic()
     return state
@@ -635,7 +675,7 @@ def check_finite(state):
                 raise RunError(f"epoch {state.epoch} step {step}: the {name} is {value}; {REMEDY}")
 
 
-def summarise(state, journal, lr, patches_per_step, bar):
+def summarise(state, log, lr, patches_per_step, bar):
     """Add the steps since the last summary to the totals, and to metrics.jsonl and the screen as their mean."""
     check_finite(state)  # reads the losses of many steps at once: the device is waited for here and not in each
     rows = torch.stack(state.recent).cpu()  # (steps, 3)
@@ -644,7 +684,7 @@ def summarise(state, journal, lr, patches_per_step, bar):
     now = time.monotonic()
     speed = state.timed * patches_per_step / (now - state.summarised_at)
     state.timed, state.summarised_at = 0, now
-    journal.log(**place(state), loss_sim=invariance, loss_uniformity=uniformity, grad_norm=grad_norm, lr=lr,
+    log.add(**place(state), loss_sim=invariance, loss_uniformity=uniformity, grad_norm=grad_norm, lr=lr,
                 patches_per_second=round(speed, 1))  # fmt: skip
     text = f"sim {invariance:.4f} uniformity {uniformity:.3f} lr {lr:.4f} {speed:,.0f} patches/s"
     if bar.disable:
@@ -654,7 +694,7 @@ def summarise(state, journal, lr, patches_per_step, bar):
         bar.set_postfix_str(text)
 
 
-def quick_knn(hp, journal, encoder, images, state, bf16):
+def quick_knn(hp, log, encoder, images, state, bf16):
     """kNN accuracy now, of up to 1,000 test images among up to 5,000 training images, by 4 views of each."""
     train_set, test_set = images["train"], images["test"]
     device, n_patches = next(encoder.parameters()).device, min(4, hp.test_patches or hp.n_patches)
@@ -667,7 +707,7 @@ def quick_knn(hp, journal, encoder, images, state, bf16):
                                   size=hp.input_size, emb_pool=hp.emb_pool, bf16=bf16)  # fmt: skip
         tensors += [encoded["embeddings"], image_set.labels[subset]]
     top1 = evaluate.knn(*tensors, len(train_set.class_names))
-    journal.log(**place(state), knn_top1=top1)
+    log.add(**place(state), knn_top1=top1)
     say(f"epoch {state.epoch} step {state.step} | kNN {top1:.2f}%")
 
 
@@ -718,7 +758,7 @@ def load_cached(path, key):
     return content
 
 
-def encode(hp, exp_dir, journal, encoder, image_set, split, key, bf16):
+def encode(hp, exp_dir, log, encoder, image_set, split, key, bf16):
     """Encode a split and write it to artifacts; returns what is in the file. Raises RunError if an embedding is not finite."""
     start, n, n_patches = time.monotonic(), len(image_set.images), key["test_patches"]
     path = exp_dir / "artifacts" / f"{split}.pt"
@@ -740,17 +780,17 @@ def encode(hp, exp_dir, journal, encoder, image_set, split, key, bf16):
     if image_set.labels is not None:
         encoded["labels"] = image_set.labels
     if split == "test":
-        add_embeddings(journal, encoded["embeddings"], image_set, hp.seed)
+        add_embeddings(log, encoded["embeddings"], image_set, hp.seed)
     experiment.save(path, encoded)
     return encoded
 
 
-def add_embeddings(journal, embeddings, image_set, seed, n=1000):
+def add_embeddings(log, embeddings, image_set, seed, n=1000):
     """Up to n test embeddings to TensorBoard, with their images and the names of their classes."""
     images, labels, class_names = image_set
     some = data.balanced_subset(labels, len(images), min(n, len(images)), data.generator(seed, "projector"))
     names = ["" if labels is None else class_names[labels[i]] for i in some]
-    journal.add_embeddings(embeddings[some], data.subset_of(images, some)[:], names)
+    log.add_embeddings(embeddings[some], data.subset_of(images, some)[:], names)
 
 
 def why_no_probe(class_names, has_test):

@@ -41,7 +41,7 @@ sys.exit(main.main(sys.argv[4:]))
     ("module", "name", "n"),
     [
         ("data", "sample_patches", 5),  # training (call 1 draws patches.png): the middle of epoch 0
-        ("Journal", "log", 4),  # the end of epoch 1, its losses not yet written
+        ("Journal", "add", 4),  # the end of epoch 1, its losses not yet written
         ("torch", "save", 5),  # writing last.pt after step 4, whose line in metrics.jsonl will be written again
         ("torch", "save", 8),  # writing 0.pt
         ("torch", "save", 9),  # 0.pt written, last.pt not
