@@ -11,7 +11,7 @@ DEMO = --arch resnet18-imagenet --n_patches 8 --n_epochs 1 --bs 25 --n_images 20
 	--test_patches 4 --print_freq 10
 
 test: .venv/installed
-	$(BIN)/python -m pip install -q pytest hypothesis
+	$(BIN)/python -m pip install -q pytest hypothesis -r requirements-extra.txt
 	$(BIN)/python -m pytest
 
 lint: .venv/installed

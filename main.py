@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -33,6 +34,7 @@ import compare
 import data
 import evaluate
 import experiment
+import export
 import journal
 import loss
 import parallel
@@ -154,7 +156,22 @@ def parse(argv=None):
     page.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
     page.set_defaults(command=report_command)
 
-    for command in (train, resume, comparison, page, cleanup):
+    exporter = commands.add_parser("export", help="write the encoder for torchvision, safetensors or ONNX", description=(
+        "Write the encoder into the run folder's export/, and beside it what one must know to use it."))
+    exporter.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
+    exporter.add_argument("--format", required=True, choices=tuple(export.SUFFIXES), help="torchvision: a state dict")
+    exporter.add_argument("--head", action="store_true", help="with the feature layer, whose output the probe sees")
+    exporter.set_defaults(command=export_command)
+
+    embed = commands.add_parser("embed", help="the embeddings of any folder of images", description=(
+        "Encode all images below a folder, by the views of the run, and write their embeddings and paths into an .npz file."))
+    embed.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
+    embed.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="folder of images, any tree")
+    embed.add_argument("--out", required=True, type=Path, metavar="FILE.npz", help="embeddings (N, d) and paths (N,)")
+    embed.add_argument("--device", default="auto", help="auto (cuda, mps or cpu), cpu, mps, cuda or cuda:N")
+    embed.set_defaults(command=embed_command)
+
+    for command in (train, resume, comparison, page, exporter, embed, cleanup):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     argv = [canonical(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     return parser.parse_args(argv, argparse.Namespace(argv=argv))
@@ -244,6 +261,48 @@ def report_command(args):
     say(f"* Report: {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
+def load_encoder(exp_dir):
+    """(hyperparameters, checkpoint, encoder) of a run folder; raises UsageError if it has no checkpoint."""
+    hp, checkpoint = experiment.read_hparams(exp_dir), experiment.newest_checkpoint(exp_dir)
+    if not checkpoint:
+        raise UsageError(f"{exp_dir} has no checkpoint: there is no encoder yet")
+    experiment.check_changes(hp, checkpoint)
+    if not experiment.is_trained(hp, checkpoint):
+        say(f"* Training is at epoch {checkpoint['epoch']} step {checkpoint['step']}, not at its end")
+    return hp, checkpoint, build_encoder(hp, checkpoint)
+
+
+def export_command(args):
+    export.require_packages(args.format)
+    hp, checkpoint, encoder = load_encoder(args.exp_dir)
+    description = export.describe(hp, checkpoint, args.head)
+    for path in export.write(args.format, encoder, args.head, description, args.exp_dir / "export"):
+        say(f"* Wrote {path}")
+
+
+def embed_command(args):
+    """Write embeddings float32 (N, d) and paths (N,), below the folder, of all images that could be read."""
+    if args.out.suffix != ".npz" or not args.out.parent.is_dir():
+        raise UsageError(f"out {args.out} must be a file NAME.npz in a folder that exists")
+    if not args.images.is_dir():
+        raise UsageError(f"images {args.images} is not a folder")
+    paths = data.find_images(args.images)
+    if not paths:
+        raise UsageError(f"no images in {args.images} (looked for {' '.join(sorted(data.SUFFIXES))} in all its folders)")
+    device = pick_device(args.device)
+    hp, _, encoder = load_encoder(args.exp_dir)
+    images, readable = data.read_images(paths, args.images, hp.image_size)
+    say(f"* Images: {len(images)} of {len(paths)}, device: {device}")
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+    embeddings = encode_views(hp, encoder, images, "embed", pick_precision(hp.precision, device) == "bf16")["embeddings"]
+    if not embeddings.isfinite().all():
+        raise RunError("embeddings are not finite: set precision: fp32 in hparams.yaml of a new run")
+    names = [str(paths[i].relative_to(args.images)) for i in readable]
+    with experiment.replacing(args.out) as file:
+        np.savez(file, embeddings=embeddings.numpy(), paths=np.array(names))
+    say(f"* Wrote {args.out}: embeddings {tuple(embeddings.shape)}, paths ({len(names)},)")
+
+
 def compare_command(args):
     columns, rows = compare.table(args.log_folder, args.sort)
     say((compare.as_csv if args.csv else compare.as_text)(columns, rows))
@@ -322,8 +381,7 @@ def run_stages(hp, exp_dir, log, device, bf16, start_over):
     say(f"* Encoder: {exp_dir / 'checkpoints' / 'last.pt'}")
 
     weights = experiment.checksum(*checkpoint["encoder"].values())
-    test_patches = hp.test_patches or hp.n_patches
-    bs = max(1, hp.bs * hp.n_patches // test_patches)  # as many patches at once as in training: that much fits
+    test_patches, bs = views_and_batch(hp)
     encode_key = {"encoder": weights, "bs": bs, "test_patches": test_patches, "eval_views": hp.eval_views,
                   "input_size": hp.input_size, "emb_pool": hp.emb_pool, "save_proj": hp.save_proj}  # fmt: skip
     class_names = checkpoint["data"]["class_names"]
@@ -759,6 +817,22 @@ def load_cached(path, key):
     return content
 
 
+def views_and_batch(hp):
+    """(views of an image, images at once) in encoding: as many patches at once as in training, that much fits."""
+    test_patches = hp.test_patches or hp.n_patches
+    return test_patches, max(1, hp.bs * hp.n_patches // test_patches)
+
+
+def encode_views(hp, encoder, images, split, bf16, **more):
+    """evaluate.encode by the settings of a run, with its progress."""
+    n_patches, bs = views_and_batch(hp)
+    bar = functools.partial(progress, desc=f"encode {split}", every=hp.print_freq, unit="patches",
+                            size=bs * data.count_views(n_patches, hp.eval_views))  # fmt: skip
+    pixels = data.on_device(images, next(encoder.parameters()).device)
+    return evaluate.encode(encoder, pixels, n_patches, hp.seed, split, bs, views=hp.eval_views, size=hp.input_size,
+                           emb_pool=hp.emb_pool, bf16=bf16, progress=bar, **more)  # fmt: skip
+
+
 def encode(hp, exp_dir, log, encoder, image_set, split, key, bf16):
     """Encode a split and write it to artifacts; returns what is in the file. Raises RunError if an embedding is not finite."""
     start, n, n_patches = time.monotonic(), len(image_set.images), key["test_patches"]
@@ -768,12 +842,8 @@ def encode(hp, exp_dir, log, encoder, image_set, split, key, bf16):
         say(f"* --save_proj: at most {size / 1e9:.2f} GB for {split}")
         if size > shutil.disk_usage(exp_dir).free:
             raise RunError(f"save_proj needs {size / 1e9:.2f} GB in {exp_dir}, more than is free there")
-    pixels = data.on_device(image_set.images, next(encoder.parameters()).device)
-    bar = functools.partial(progress, desc=f"encode {split}", every=hp.print_freq, unit="patches",
-                            size=key["bs"] * data.count_views(n_patches, hp.eval_views))  # fmt: skip
-    encoded = evaluate.encode(encoder, pixels, n_patches, hp.seed, split, key["bs"], views=hp.eval_views, size=hp.input_size,
-                              emb_pool=hp.emb_pool, save_proj=hp.save_proj, bf16=bf16, progress=bar,
-                              part=(parallel.RANK, parallel.WORLD))  # fmt: skip
+    encoded = encode_views(hp, encoder, image_set.images, split, bf16, save_proj=hp.save_proj,
+                           part=(parallel.RANK, parallel.WORLD))  # fmt: skip
     encoded |= {name: parallel.total(value) for name, value in encoded.items() if isinstance(value, torch.Tensor)}
     if not encoded["embeddings"].isfinite().all():
         raise RunError(f"embeddings of the {split} images are not finite: train under a new --exp_name with --precision fp32")
