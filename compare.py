@@ -66,8 +66,8 @@ def status(exp_dir, hp, launches):
     if in_use(exp_dir):
         return f"running, {progress(exp_dir)}"
     if not launches or launches[-1].get("outcome") != "finished":
-        outcome = launches[-1].get("outcome") if launches else None
-        return f"unfinished, {progress(exp_dir)}" + (f" ({outcome})" if outcome else "")
+        outcome = launches[-1].get("outcome") if launches else None  # None: killed
+        return f"unfinished: {outcome.split(';')[0]}" if outcome else f"unfinished, {progress(exp_dir)}"
     finished_with = launches[-1].get("hparams", {})
     edited = [p.name for p in PARAMS if p.stage != "none" and finished_with.get(p.name) != hp[p.name]]
     if edited:

@@ -91,7 +91,7 @@ class Journal:
 
     def __exit__(self, kind, error, traceback):
         if self.launches and error:
-            self.launch |= {"end": now(), "outcome": f"{kind.__name__}: {error}"}
+            self.launch |= {"end": now(), "outcome": " ".join(str(error).split())[:300] or kind.__name__}
             with suppress(OSError):  # of a full disk, say: the error that ended the launch is the one to tell
                 self.write()
         if self.board:

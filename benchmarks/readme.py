@@ -305,6 +305,7 @@ def render(text):
         "findings-full": lambda: reproduction("full", "findings"),
         "presets": presets,
         "one-minute": lambda: measured(one_minute, "one_minute.py"),
+        "compare": lambda: "```\n" + (ROOT / "benchmarks" / "results" / "compare.txt").read_text() + "```",
         "precision": lambda: measured(precision, "accuracy.py precision"),
         "ranks": lambda: measured(ranks, "ranks.py"),
         "large": lambda: measured(large, "large.py"),

@@ -63,7 +63,7 @@ def test_each_launch_that_did_something_is_noted(finished, tmp_path):
     assert run("resume", "--exp_dir", exp_dir).code == 1  # diverges
     launches = journal.read_launches(exp_dir)
     assert [launch["stages"] for launch in launches[1:]] == [["probe"], ["training"]]
-    assert re.match(r"RunError: epoch 2 step \d+: the .* is (nan|inf)", launches[-1]["outcome"])
+    assert re.match(r"epoch 2 step \d+: the .* is (nan|inf)", launches[-1]["outcome"])
 
 
 def test_a_launch_that_was_killed_before_its_end_was_noted(finished, tmp_path):
