@@ -111,10 +111,13 @@ def test_the_projector_finds_embeddings_pictures_and_names(finished):
     assert (folder / "00000" / "test" / "metadata.tsv").read_text().split() == 5 * ["across"] + 5 * ["down"]
 
 
-def test_without_tensorboard(tiny, finished, tmp_path):
+OPTIONAL = ("tensorboard", "matplotlib", "sklearn", "scipy", "safetensors", "onnx", "onnxscript", "onnxruntime", "timm")
+
+
+def test_without_tensorboard_and_other_optional_packages(tiny, finished, tmp_path):
     assert run(*tiny, "--no-tensorboard", "--log_folder", tmp_path / "a").code == 0
     assert not (tmp_path / "a" / RUN / "tensorboard").exists()
-    code = "import sys; sys.modules['tensorboard'] = None; import main; sys.exit(main.main(sys.argv[1:]))"
+    code = f"import sys; sys.modules |= dict.fromkeys({OPTIONAL}); import main; sys.exit(main.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *tiny, "--log_folder", tmp_path / "b"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("pip install tensorboard")) == (0, 1)
@@ -139,12 +142,11 @@ def screen(*command, **environment):
 
 
 def test_colours_and_bars_on_a_terminal_alone(tiny, finished, tmp_path):
-    resume = [sys.executable, ROOT / "main.py", "resume", "--exp_dir"]
-    assert "\033[1m===> Report" in screen(*resume, finished)
-    assert "\033[31merror:" in screen(*resume, tmp_path)
-    assert "\033" not in screen(*resume, finished, NO_COLOR="1")
-    assert "\033" not in subprocess.run([*resume, finished], capture_output=True, text=True).stdout
-    text = screen(sys.executable, ROOT / "main.py", *tiny, "--log_folder", tmp_path, "--n_eval_epochs", "1", NO_COLOR="1")
+    program = [sys.executable, ROOT / "main.py"]
+    assert "\033[1m===> Report" in screen(*program, "resume", "--exp_dir", finished)
+    assert "\033" not in run("resume", "--exp_dir", finished).out
+    text = screen(*program, *tiny, "--log_folder", tmp_path, "--n_eval_epochs", "1", NO_COLOR="1")
+    assert "===> Report" in text and "\033[1m" not in text
     assert re.search(r"epoch 1: 100%\|█+\| 6/6 \[\d\d:\d\d<00:00, .* [\d,]+ patches/s\]", text)
     assert re.search(r"encode train: 100%\|█+\| .* patches/s\]", text)
 

@@ -13,8 +13,10 @@ import torch
 import yaml
 from conftest import ROOT, RUN, changed_files, contents, edit, fingerprints, run, training_lines, write_images
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import evaluate
 import experiment
 import loss
 import main
@@ -564,3 +566,22 @@ def test_labels_from_a_csv_file(tiny, images, finished, tmp_path):
         assert (result.code, words in result.err) == (2, True), result.err
     file.unlink()
     assert "can't be read" in run(*tiny, "--data_dir", tmp_path / "data", "--labels", file, "--log_folder", tmp_path / "no").err
+
+
+def test_no_float64_in_a_training_step_or_the_encoding(finished):
+    """Apple's GPUs have none."""
+
+    class Types(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                assert not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64, function
+            return out
+
+    hp = experiment.read_hparams(finished)
+    encoder, images = main.build_encoder(hp, None), torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    with Types():
+        for losses in ("tcr", "vonmises"):
+            hp.uniformity_loss = losses
+            main.train_step(hp, encoder, main.build_optimizer(hp, encoder), images, data.generator(0, "t"), False)
+        evaluate.encode(encoder, images, 2, views="augmented")

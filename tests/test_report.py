@@ -1,12 +1,11 @@
 import re
 import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 
 import pytest
 import torch
-from conftest import ROOT, changed_files, edit, fingerprints, run, write_images
+from conftest import changed_files, edit, fingerprints, run, write_images
 
 import experiment
 
@@ -118,10 +117,8 @@ def test_images_without_labels_and_a_name_that_is_html(tiny, tmp_path):
     assert sum("neighbour: no label" in image["alt"] for image in page.images) == 6 * 5  # not itself
 
 
-def test_without_the_packages_it_names_them(finished):
-    for module in ("matplotlib", "sklearn"):
-        code = f"import sys; sys.modules['{module}'] = None; import main; sys.exit(main.main(sys.argv[1:]))"
-        command = [sys.executable, "-c", code, "report", "--exp_dir", finished]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert "pip install matplotlib scikit-learn" in done.stderr
+@pytest.mark.parametrize("module", ["matplotlib", "sklearn"])
+def test_without_the_packages_it_names_them(finished, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    result = run("report", "--exp_dir", finished)
+    assert (result.code, result.err.count("\n")) == (2, 1) and "pip install matplotlib scikit-learn" in result.err
