@@ -24,12 +24,12 @@ def require_packages(kind):
 
 
 def network(encoder, head):
-    """The backbone of a model.Encoder as a torchvision resnet, float32 on the CPU in eval mode: (N, 3, S, S) -> (N, dim).
+    """A copy of the backbone of a model.Encoder as a torchvision resnet, float32 on the CPU: (N, 3, S, S) -> (N, dim).
 
     head: its last layer, fc, is the feature layer, nn.Sequential(Linear, BatchNorm1d, activation), so that dim is h_dim;
     else there is none.
     """
-    encoder = copy.deepcopy(encoder).cpu().eval()
+    encoder = copy.deepcopy(encoder).cpu()
     encoder.backbone.fc = encoder.features if head else nn.Identity()
     return encoder.backbone
 

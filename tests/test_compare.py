@@ -16,7 +16,7 @@ def logs(finished, tmp_path):
     """Two finished runs that differ in the probe's rate, and others that are not finished."""
     for name in ("a", "b", "edited", "broken", "half"):
         shutil.copytree(finished, tmp_path / name)
-    edit(tmp_path / "b", eval_lr=1e-6)
+    edit(tmp_path / "b", eval_lr=1e-6, print_freq=7)  # the latter makes no difference
     assert run("resume", "--exp_dir", tmp_path / "b").code == 0
     edit(tmp_path / "edited", n_eval_epochs=5)
     edit(tmp_path / "broken", bs="many")

@@ -25,6 +25,7 @@ import main
 
 def events(exp_dir):
     """({tag: [(step, value), ...]}, tags of pictures), of all event files of the run."""
+    assert len(list((exp_dir / "tensorboard").glob("events.*"))) == 1  # of earlier launches none is left
     board = EventAccumulator(str(exp_dir / "tensorboard"), {"scalars": 0}).Reload()
     scalars = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
     return scalars, board.Tags()["images"]
@@ -66,14 +67,15 @@ def test_each_launch_that_did_something_is_noted(finished, tmp_path):
     assert re.match(r"epoch 2 step \d+: the .* is (nan|inf)", launches[-1]["outcome"])
 
 
-def test_a_launch_that_was_killed_before_its_end_was_noted(finished, tmp_path):
+@pytest.mark.parametrize("outcome", [None, "no space left"])
+def test_a_launch_that_ended_before_its_end_was_noted(finished, tmp_path, outcome):
     exp_dir = shutil.copytree(finished, tmp_path / "run")
     launches = journal.read_launches(exp_dir)
-    (exp_dir / "environment.json").write_text(json.dumps([launches[0] | {"end": None, "outcome": None}]))
+    (exp_dir / "environment.json").write_text(json.dumps([launches[0] | {"end": None, "outcome": outcome}]))
     (exp_dir / "metrics.jsonl").write_text("".join((exp_dir / "metrics.jsonl").read_text().splitlines(True)[:-1]))
     assert run("resume", "--exp_dir", exp_dir).code == 0
     assert contents(exp_dir) == contents(finished)
-    assert [launch["outcome"] for launch in journal.read_launches(exp_dir)] == [None, "finished"]
+    assert [launch["outcome"] for launch in journal.read_launches(exp_dir)] == [outcome, "finished"]
     assert events(exp_dir)[0] == expected(exp_dir)
 
 
@@ -90,12 +92,13 @@ def test_events_of_a_run_that_was_stopped_and_edited_show_each_step_once(finishe
     exp_dir = shutil.copytree(finished, tmp_path / "run")
     for name in ("last.pt", "1.pt"):
         (exp_dir / "checkpoints" / name).unlink()  # as if it had been killed in epoch 1
-    edit(exp_dir, lr=0.1, n_eval_epochs=2)
+    edit(exp_dir, lr=0.1, eval_views="crops", n_eval_epochs=2)
     assert run("resume", "--exp_dir", exp_dir).code == 0
     scalars, _ = events(exp_dir)
     assert scalars == expected(exp_dir)
     assert [step for step, _ in scalars["train/lr"]] == [4, 6, 10, 12]
     assert [step for step, _ in scalars["probe/top1"]] == [0, 1]
+    assert (exp_dir / "tensorboard" / "projector_config.pbtxt").read_text().count("tensor_name") == 1
 
 
 def test_the_projector_finds_embeddings_pictures_and_names(finished):
@@ -148,7 +151,7 @@ def test_colours_and_bars_on_a_terminal_alone(tiny, finished, tmp_path):
     text = screen(*program, *tiny, "--log_folder", tmp_path, "--n_eval_epochs", "1", NO_COLOR="1")
     assert "===> Report" in text and "\033[1m" not in text
     assert re.search(r"epoch 1: 100%\|█+\| 6/6 \[\d\d:\d\d<00:00, .* [\d,]+ patches/s\]", text)
-    assert re.search(r"encode train: 100%\|█+\| .* patches/s\]", text)
+    assert re.search(r"encode train: 100%\|█+\| 24\.0/24\.0 .* patches/s\]", text)
 
 
 def test_lines_in_a_pipe_tell_speed_and_time_left(tiny, tmp_path):
