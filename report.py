@@ -26,7 +26,7 @@ STYLE = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 0 1rem 3rem }
 html { background: Canvas; color: CanvasText }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin-top: 2.5rem }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin-top: 2.5rem } h3 { font-size: 1rem }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem } .figures img { max-width: 100%; height: auto }
 .wide { overflow-x: auto } .wide img { image-rendering: pixelated; max-width: none }
 .thumb { width: 48px; height: 48px; image-rendering: pixelated; margin: 1px }
@@ -34,7 +34,9 @@ h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margi
 .right { border-color: #2a9d4e } .wrong { border-color: #d1495b }
 table { border-collapse: collapse; font-size: .9rem }
 td, th { text-align: left; padding: .15rem 1rem .15rem 0; vertical-align: top }
-td { overflow-wrap: anywhere } .changed { font-weight: bold } .number { font-size: 1.8rem; font-weight: bold }
+td { overflow-wrap: anywhere } td:first-child { overflow-wrap: normal }
+@media (max-width: 30rem) { td:nth-child(3) { display: none } }
+.changed { font-weight: bold } .number { font-size: 1.8rem; font-weight: bold }
 """
 
 
@@ -179,6 +181,7 @@ def curves_html(exp_dir):
 
 def map_figure(embeddings, labels, class_names, ink=INK, n=1000):
     """Up to n embeddings (N, d) in two dimensions, coloured by class: t-SNE by cosine distance, of 50 principal components."""
+    from matplotlib import colormaps
     from sklearn.manifold import TSNE
 
     some = balanced_subset(labels, len(embeddings), min(n, len(embeddings)), generator(0, "map"))
@@ -191,13 +194,11 @@ def map_figure(embeddings, labels, class_names, ink=INK, n=1000):
     with drawing(ink):
         ax.set_axis_off()
         groups = [(name, labels[some] == i) for i, name in enumerate(class_names)] if labels is not None else [("", slice(None))]
-        colours = "tab10" if len(groups) <= 10 else "tab20" if len(groups) <= 20 else "hsv"
-        import matplotlib
-
-        palette = matplotlib.colormaps[colours].resampled(len(groups)) if colours == "hsv" else matplotlib.colormaps[colours]
+        C = len(groups)
+        palette = colormaps["tab10"] if C <= 10 else colormaps["tab20"] if C <= 20 else colormaps["hsv"].resampled(C)
         for i, (name, rows) in enumerate(groups):
             ax.scatter(*points[rows].T, s=5, color=palette(i), label=name, linewidths=0)
-        if 1 < len(groups) <= 20:
+        if 1 < C <= 20:
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, markerscale=3, columnspacing=1, handletextpad=0.2)
     return figure
 
