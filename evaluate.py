@@ -1,120 +1,207 @@
-"""What the representation is worth: encode images, fit a linear probe, ask the nearest neighbours."""
+"""Stages 2 and 3: encode the images, then measure the representation by a linear probe and by nearest neighbours."""
 
 import functools
 import math
+import shutil
+import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import batches, count_views, generator, sample_views, to_device
+from data import balanced_subset
+from infra import distributed
+from infra.console import log, log_stage, progress
+from infra.device import generator, to_device
+from infra.errors import RunError
+from infra.image_cache import batches, on_device, subset
 from model import fold_batch_norm
+from patches import sample_views
+
+
+class Output(NamedTuple):
+    """What encode returns, and how it computes."""
+
+    emb_pool: str = "features"  # what is averaged over the views: features (h) or proj (z)
+    save_proj: bool = False  # return h and z of each view too
+    bf16: bool = False  # weights and activations in bfloat16
 
 
 @torch.inference_mode()
-def encode(
-    encoder, images, n_patches, seed=0, split="train", bs=100, views="augmented", size=None, emb_pool="features",
-    save_proj=False, bf16=False, progress=iter, part=(0, 1),
-):  # fmt: skip
-    """The bag of patches: each image's representation is the mean over its n_patches views of h, or of z.
+def encode(encoder, images, views, rng, bs=100, output=Output(), progress=iter):  # noqa: B008, a tuple does not change
+    """Return the representation of each image: the mean over its views of h, or of z (the bag of patches).
 
-    encoder: a model.Encoder, used as in eval mode and left as it was. images: uint8 (N, 3, H, W), a tensor on the encoder's
-    device or a data.ImageFile. seed, split and bs: what random views depend on. views: a kind of data.sample_views; a grid
-    may be of fewer than n_patches. size: pixels that they are resized to, as wide as the images by default. emb_pool:
-    "features" (h) or "proj" (z). bf16: weights and activations in bfloat16. progress: wraps the sequence of batches.
-    part: (i, n), of n processes the i-th encodes every n-th batch and leaves zeros for the others. Returns a dict of CPU
-    tensors: embeddings float32 (N, h_dim or z_dim) and, with save_proj, features float16 (N, n_views, h_dim) and projections
-    float16 (N, n_views, z_dim); and n_views, a number.
+    encoder: a model.Encoder; it is used as in eval mode and left as it was. images: uint8 (N, 3, H, W), a tensor on the
+    encoder's device or an ImageFile. views: a patches.Views. rng: a function of step=, the number of the batch, that returns
+    the generator of its random views. bs: images in a batch. progress: wraps the sequence of batches. Several processes share
+    the batches, and each returns the whole.
+    Returns a dict: embeddings, float32 (N, h_dim or z_dim) on the CPU; n_views, the number of views of an image; and with
+    output.save_proj features, float16 (N, n_views, h_dim), and projections, float16 (N, n_views, z_dim), on the CPU.
     Source: arXiv 2304.03977, section 2.2 (bag-of-feature representation).
     """
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    device, dtype = next(encoder.parameters()).device, torch.bfloat16 if output.bf16 else torch.float32
     encoder = fold_batch_norm(encoder).to(dtype, memory_format=torch.channels_last)
-    N, size, encoded = len(images), size or images.shape[-1], {}
-    n_views = count_views(n_patches, views)
-    h_dim, z_dim = encoder.features[0].out_features, encoder.projection[-1].out_features
-    device = next(encoder.parameters()).device
-    embeddings = torch.zeros(N, h_dim if emb_pool == "features" else z_dim, device=device)
-    if save_proj:
-        encoded = {"features": torch.zeros(N, n_views, h_dim, dtype=torch.float16),
-                   "projections": torch.zeros(N, n_views, z_dim, dtype=torch.float16)}  # fmt: skip
-    steps = range(part[0], math.ceil(N / bs), part[1])
+    N, h_dim, z_dim = len(images), encoder.features[0].out_features, encoder.projection[-1].out_features
+    embeddings, saved = torch.zeros(N, h_dim if output.emb_pool == "features" else z_dim, device=device), {}
+    if output.save_proj:
+        saved = {name: torch.zeros(N, views.count, dim, dtype=torch.float16)
+                 for name, dim in (("features", h_dim), ("projections", z_dim))}  # fmt: skip
+    steps = distributed.shard(range(math.ceil(N / bs)))
     slices = [slice(step * bs, (step + 1) * bs) for step in steps]
     for step, rows, batch in zip(progress(steps), slices, batches(images, slices, device), strict=False):
-        x = sample_views(batch, n_patches, views, generator(seed, f"encode-{split}", step=step), size)
-        h = encoder.features(encoder.backbone(x.flatten(0, 1).to(dtype, memory_format=torch.channels_last)))
-        patches = {"features": h}
-        if save_proj or emb_pool == "proj":  # a third of the work of resnet18-imagenet
-            patches["projections"] = F.normalize(encoder.projection(h).float(), dim=-1)
-        patches = {name: tensor.float().unflatten(0, x.shape[:2]) for name, tensor in patches.items()}  # (P, B, dim)
-        embeddings[rows] = patches["features" if emb_pool == "features" else "projections"].mean(0)
-        for name, tensor in encoded.items():
-            tensor[rows] = patches[name].transpose(0, 1)
-    return {"embeddings": embeddings.cpu(), "n_views": n_views, **encoded}
+        x = sample_views(batch, views, rng(step=step))  # (V, B, 3, S, S)
+        h = encoder.features(encoder.backbone(x.flatten(0, 1).to(dtype, memory_format=torch.channels_last)))  # (V B, h_dim)
+        pooled = {"features": h}
+        if output.save_proj or output.emb_pool == "proj":  # the projection is a third of the work of resnet18-imagenet
+            pooled["projections"] = F.normalize(encoder.projection(h).float(), dim=-1)
+        pooled = {name: tensor.float().unflatten(0, x.shape[:2]) for name, tensor in pooled.items()}  # (V, B, dim)
+        embeddings[rows] = pooled["features" if output.emb_pool == "features" else "projections"].mean(0)
+        for name, tensor in saved.items():
+            tensor[rows] = pooled[name].transpose(0, 1)  # (B, V, dim)
+    saved["embeddings"] = embeddings.cpu()
+    return {"n_views": views.count, **{name: distributed.all_reduce_sum(tensor) for name, tensor in saved.items()}}
+
+
+def encode_images(hp, encoder, images, purpose, bf16, save_proj=False):
+    """Return encode(...) of images by the settings of a run, and show progress. purpose: names the random views."""
+    views = hp.test_views
+    bs = max(1, hp.bs * hp.n_patches // views.n)  # as many patches at once as in training: so many fit into memory
+    bar = functools.partial(progress, desc=f"encode {purpose}", every=hp.print_freq, unit="patches", size=bs * views.count)
+    rng = functools.partial(generator, hp.seed, f"encode-{purpose}")
+    output = Output(hp.emb_pool, save_proj, bf16)
+    return encode(encoder, on_device(images, next(encoder.parameters()).device), views, rng, bs, output, bar)
+
+
+def encode_split(hp, run, encoder, images, split, bf16):
+    """Stage 2, of one split: return what artifacts/<split>.pt holds, embeddings and labels.
+
+    Raises RunError if an embedding is not finite, or if save_proj needs more disk than is free.
+    """
+    log_stage(f"Encoding '{split}' dataset for evaluation")
+    image_set = images[split]
+    run.journal.begin(f"encoding {split}")
+    start = time.monotonic()
+    if hp.save_proj:
+        size = 2 * len(image_set.images) * hp.test_views.count * (hp.h_dim + hp.z_dim)  # float16
+        log.info(f"* --save_proj: at most {size / 1e9:.2f} GB for {split}")
+        if size > shutil.disk_usage(run.dir).free:
+            raise RunError(f"save_proj needs {size / 1e9:.2f} GB in {run.dir}, more than is free there")
+    encoded = encode_images(hp, encoder, image_set.images, split, bf16, hp.save_proj)
+    if not encoded["embeddings"].isfinite().all():
+        raise RunError(f"embeddings of the {split} images are not finite: train under a new --exp_name with --precision fp32")
+    if image_set.labels is not None:
+        encoded["labels"] = image_set.labels
+    if split == "test" and run.journal.board:
+        show_embeddings(run.journal.board, encoded["embeddings"], image_set, hp.seed)
+    return {**encoded, "seconds": time.monotonic() - start}
+
+
+@distributed.on_main_process
+def show_embeddings(board, embeddings, image_set, seed, n=1000):
+    """Send up to n embeddings to TensorBoard, with their images and the names of their classes."""
+    images, labels, class_names = image_set
+    some = balanced_subset(labels, len(images), min(n, len(images)), generator(seed, "projector"))
+    names = ["" if labels is None else class_names[labels[i]] for i in some]
+    board.add_embeddings(embeddings[some], subset(images, some)[:], names)
+
+
+def quick_knn(hp, run, encoder, images, place, bf16):
+    """Print and record the accuracy of knn now; return the seconds that it took.
+
+    Up to 1,000 test images, up to 5,000 training images, always the same ones, by up to 4 views each.
+    """
+    start, tensors = time.monotonic(), []
+    views = hp.test_views._replace(n=min(4, hp.test_views.n))
+    for split, limit in (("train", 5000), ("test", 1000)):
+        pixels, labels, class_names = images[split]
+        some = balanced_subset(labels, len(pixels), min(limit, len(pixels)), generator(hp.seed, f"knn-{split}"))
+        rng = functools.partial(generator, hp.seed, f"encode-knn-{split}")
+        pixels = on_device(subset(pixels, some), next(encoder.parameters()).device)
+        encoded = encode(encoder, pixels, views, rng, hp.bs, Output(hp.emb_pool, bf16=bf16))
+        tensors += [encoded["embeddings"], labels[some]]
+    top1 = knn(*tensors, len(class_names))
+    run.journal.add(**place, knn_top1=top1)
+    log.info(f"epoch {place['epoch']} step {place['step']} | kNN {top1:.2f}%")
+    return time.monotonic() - start
 
 
 AUTHORS_LR = 0.0075
 LRS = (0.00075, 0.0025, AUTHORS_LR, 0.025, 0.075, 0.25)
 
 
-def linear_probe(
-    x, y, x_test, y_test, n_classes, lr=None, n_epochs=100, bs=100, weight_decay=5e-5, seed=0, bf16=False, progress=iter
-):
-    """Fit one linear layer to x (N, d), y (N,) and score it on every row of x_test (M, d), y_test (M,) after each epoch.
+class Fit(NamedTuple):
+    """How a linear layer is fitted: SGD with momentum .9 and a cosine over n_epochs."""
 
-    lr: a number, or None for the one of LRS that is best on a tenth of x, held out from a first fit; the second is on all
-    of x. SGD with momentum .9, cosine over n_epochs; all tensors on one device, x float32, y int64. bf16: the two matrix
-    products of a step in bfloat16, weights and scores in float32 all the same. Returns (result, layer): result holds
-    percentages: top1 and top5 of the last epoch, best_top1 and its best_epoch (counted from 0; chosen on the test set, so no
-    fair estimate), per_epoch, a list of [top1, top5], and lr, and held_out, {lr: top-1 on the tenth} where there was a choice.
+    lr: float | None = None  # None: chosen from LRS
+    n_epochs: int = 100
+    bs: int = 100
+    weight_decay: float = 5e-5
+    seed: int = 0
+    bf16: bool = False  # the two matrix products of a step in bfloat16; weights and scores stay in float32
+
+
+def linear_probe(x, y, x_test, y_test, n_classes, fit=Fit(), progress=iter):  # noqa: B008, a tuple does not change
+    """Fit a linear layer to x (N, d), y (N,) and score it on all rows of x_test (M, d), y_test (M,) after each epoch.
+
+    x float32, y int64, all on one device. fit: a Fit. If fit.lr is None, all of LRS are tried at once on nine tenths of x, the
+    best on the last tenth is taken, and the layer is fitted to all of x. progress: wraps the sequence of epochs.
+    Returns (result, layer). result: top1 and top5 of the last epoch, in percent; best_top1 and best_epoch (from 0), chosen on
+    the test set and therefore no fair estimate; per_epoch, a list of [top1, top5]; lr; and held_out, {lr: top-1 on the tenth},
+    empty if there was no choice.
     """
-    fit = functools.partial(softmax_regressions, n_classes=n_classes, n_epochs=n_epochs, bs=bs, weight_decay=weight_decay,
-                            seed=seed, bf16=bf16, progress=progress)  # fmt: skip
-    held_out = {}
+    lr, held_out = fit.lr, {}
     if lr is None and len(x) < 10:
         lr = AUTHORS_LR
     if lr is None:
-        order = to_device(torch.randperm(len(x), generator=generator(seed, "held-out")), x.device)
-        tenth, rest = order.split([len(x) // 10, len(x) - len(x) // 10])
-        for layers in fit(x[rest], y[rest], lrs=LRS):
-            held_out = {rate: accuracy(layer, x[tenth], y[tenth])[0] for rate, layer in zip(LRS, layers, strict=True)}
-        lr = max(LRS, key=lambda rate: (held_out[rate], -abs(math.log(rate / AUTHORS_LR))))  # of equals the nearest to it
+        lr, held_out = choose_lr(x, y, n_classes, fit, progress)
     per_epoch = []
-    for (layer,) in fit(x, y, lrs=[lr]):
+    for (layer,) in softmax_regressions(x, y, [lr], n_classes, fit, progress):
         per_epoch.append(accuracy(layer, x_test, y_test))
-    best_epoch = max(range(n_epochs), key=lambda epoch: per_epoch[epoch][0])
+    best_epoch = max(range(fit.n_epochs), key=lambda epoch: per_epoch[epoch][0])
     top1, top5 = per_epoch[-1]
     best = {"best_top1": per_epoch[best_epoch][0], "best_epoch": best_epoch}
     return {"top1": top1, "top5": top5, **best, "per_epoch": per_epoch, "lr": lr, "held_out": held_out}, layer
 
 
-@torch.no_grad()
-def softmax_regressions(x, y, lrs, n_classes, n_epochs, bs, weight_decay, seed, bf16, progress):
-    """Fit a linear layer with each of the learning rates, all at once: their weights are rows of one matrix.
+def choose_lr(x, y, n_classes, fit, progress):
+    """Return the best of LRS on a tenth of x that the fit does not see, and {lr: top-1 on the tenth}."""
+    order = to_device(torch.randperm(len(x), generator=generator(fit.seed, "held-out")), x.device)
+    tenth, rest = order.split([len(x) // 10, len(x) - len(x) // 10])
+    for layers in softmax_regressions(x[rest], y[rest], LRS, n_classes, fit, progress):
+        held_out = {rate: accuracy(layer, x[tenth], y[tenth])[0] for rate, layer in zip(LRS, layers, strict=True)}
+    return max(LRS, key=lambda rate: (held_out[rate], -abs(math.log(rate / AUTHORS_LR)))), held_out  # of equals the nearest
 
-    x, y and the rest as in linear_probe. After each epoch yields the layers, nn.Linear, in the order of lrs.
+
+@torch.no_grad()
+def softmax_regressions(x, y, lrs, n_classes, fit, progress):
+    """Fit a linear layer with each of the L learning rates, all at once: the rows of one weight matrix.
+
+    The arguments are those of linear_probe. After each epoch, yields the layers (nn.Linear) in the order of lrs.
     """
     L, C, d = len(lrs), n_classes, x.shape[1]
-    W, b = torch.zeros(L * C, d, device=x.device), torch.zeros(L * C, device=x.device)  # convex: no random start is needed
+    W, b = torch.zeros(L * C, d, device=x.device), torch.zeros(L * C, device=x.device)  # convex, so zeros are a good start
     W_buffer, b_buffer = torch.zeros_like(W), torch.zeros_like(b)
     rates = torch.tensor(lrs, device=x.device).repeat_interleave(C)  # (L C,)
-    target, x = F.one_hot(y, C).float(), x.bfloat16() if bf16 else x
-    rows = torch.empty_like(x[:bs])
-    for epoch in progress(range(n_epochs)):
-        step = -rates / 2 * (1 + math.cos(math.pi * epoch / n_epochs))
-        order = to_device(torch.randperm(len(x), generator=generator(seed, "probe", epoch)), x.device)
-        for batch in order.split(bs):
+    target, x = F.one_hot(y, C).float(), x.bfloat16() if fit.bf16 else x
+    rows = torch.empty_like(x[: fit.bs])
+    for epoch in progress(range(fit.n_epochs)):
+        step = -rates / 2 * (1 + math.cos(math.pi * epoch / fit.n_epochs))
+        order = to_device(torch.randperm(len(x), generator=generator(fit.seed, "probe", epoch)), x.device)
+        for batch in order.split(fit.bs):
             # The gradient of softmax regression, written out: autograd and torch.optim take 2x as long for so little work.
-            batch_x = torch.index_select(x, 0, batch, out=rows[: len(batch)])
-            logits = (batch_x @ W.to(x.dtype).T).float().add_(b).unflatten(1, (L, C))
+            batch_x = torch.index_select(x, 0, batch, out=rows[: len(batch)])  # (bs, d)
+            logits = (batch_x @ W.to(x.dtype).T).float().add_(b).unflatten(1, (L, C))  # (bs, L, C)
             error = logits.softmax(2).sub_(target[batch, None]).flatten(1)  # (bs, L C)
-            W_buffer.mul_(0.9).add_(error.to(x.dtype).T @ batch_x, alpha=1 / len(batch)).add_(W, alpha=weight_decay)
-            b_buffer.mul_(0.9).add_(error.mean(0)).add_(b, alpha=weight_decay)
+            W_buffer.mul_(0.9).add_(error.to(x.dtype).T @ batch_x, alpha=1 / len(batch)).add_(W, alpha=fit.weight_decay)
+            b_buffer.mul_(0.9).add_(error.mean(0)).add_(b, alpha=fit.weight_decay)
             W.addcmul_(W_buffer, step[:, None])
             b.addcmul_(b_buffer, step)
         yield [linear(weight, bias) for weight, bias in zip(W.split(C), b.split(C), strict=True)]
 
 
 def linear(weight, bias):
+    """Return an nn.Linear with this weight (C, d) and bias (C,)."""
     layer = nn.utils.skip_init(nn.Linear, *weight.T.shape, device=weight.device).requires_grad_(False)
     layer.load_state_dict({"weight": weight, "bias": bias})
     return layer
@@ -122,7 +209,7 @@ def linear(weight, bias):
 
 @torch.no_grad()
 def accuracy(layer, x, y):
-    """[top-1, top-5] in percent; with fewer than five classes top-5 is top-all."""
+    """Return [top-1, top-5] in percent. With fewer than five classes top-5 counts all of them."""
     logits = layer(x)
     ranked = logits.topk(min(5, logits.shape[1])).indices  # (M, 5)
     hits = ranked == y[:, None]
@@ -131,9 +218,9 @@ def accuracy(layer, x, y):
 
 @torch.no_grad()
 def knn(x, y, x_test, y_test, n_classes, k=20, temperature=0.07, chunk=1000):
-    """Top-1 in percent of the k nearest neighbours by cosine, each voting with weight exp(cosine / temperature).
+    """Return the top-1 accuracy, in percent, of the k nearest neighbours by cosine; each votes with exp(cosine / temperature).
 
-    x float32 (N, d), y int64 (N,), x_test (M, d), y_test (M,), on one device; k is cut to N.
+    x float32 (N, d), y int64 (N,), x_test (M, d), y_test (M,), all on one device. If N is less than k, all of x vote.
     Source: the weighted kNN of arXiv 1805.01978, section 3.4.
     """
     x, votes = F.normalize(x, dim=1), F.one_hot(y, n_classes).to(x.dtype)
@@ -143,3 +230,21 @@ def knn(x, y, x_test, y_test, n_classes, k=20, temperature=0.07, chunk=1000):
         score = torch.einsum("qk,qkc->qc", (cosine / temperature).exp(), votes[neighbour])
         hits += (score.argmax(1) == truth).sum()
     return 100 * hits.item() / len(x_test)
+
+
+# Accuracies beside the probe's. name in the result: (title, function of (x, y, x_test, y_test, n_classes) -> top-1 in percent)
+METRICS = {"knn_top1": ("20-NN", knn)}
+
+
+def fit_probe(hp, run, encoded, class_names, device, bf16):
+    """Stage 3: return what probe.pt holds: weight (C, d) and bias (C,) of the linear classifier, class_names, and result."""
+    log_stage("Fitting a linear classifier")
+    run.journal.begin("probe")
+    start = time.monotonic()
+    tensors = [encoded[split][name].to(device) for split in ("train", "test") for name in ("embeddings", "labels")]
+    fit = Fit(hp.eval_lr, hp.n_eval_epochs, seed=hp.seed, bf16=bf16)
+    bar = functools.partial(progress, desc="linear probe", every=hp.print_freq, unit="epochs")
+    result, layer = linear_probe(*tensors, len(class_names), fit, bar)
+    result |= {name: metric(*tensors, len(class_names)) for name, (_, metric) in METRICS.items()}
+    result |= {"n_train": len(tensors[0]), "n_test": len(tensors[2]), "seconds": time.monotonic() - start}
+    return {**layer.state_dict(), "class_names": class_names, "result": result}

@@ -1,10 +1,10 @@
-"""LARS: stochastic gradient descent whose step is scaled, tensor by tensor, by ‖p‖ / ‖g‖."""
+"""LARS: stochastic gradient descent that scales the step of each tensor by ‖p‖ / ‖g‖."""
 
 import torch
 
 
 def is_scaled(p):
-    """Biases and batch-norm weights (1-D tensors) get neither the trust ratio nor weight decay."""
+    """Whether the trust ratio and weight decay apply: not to 1-D tensors, which are biases and batch-norm weights."""
     return p.ndim >= 2
 
 
@@ -17,9 +17,9 @@ class LARS(torch.optim.Optimizer):
         g <- (g + weight_decay p) * trust                   clip=False
         g <- (g + weight_decay p) * min(trust / lr, 1)      clip=True: the step is never longer than plain SGD's
 
-    and for every tensor the momentum step of torch.optim.SGD with `lr`. No decision waits for a tensor's value, and every
-    operation runs over all tensors and in place, on p.grad too, which holds the scaled gradient afterwards: twice as fast
-    on a CPU (34 million weights) as a loop around torch.optim.SGD.
+    Then every tensor takes the momentum step of torch.optim.SGD with `lr`. No branch depends on a tensor's value, so the host
+    never waits. Every operation runs over all tensors at once and in place, also on p.grad, which then holds the scaled
+    gradient: twice as fast on a CPU (34 million weights) as a loop around torch.optim.SGD.
     Raises ValueError for a negative setting, and for nesterov without momentum.
     """
 
@@ -34,7 +34,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update; returns the loss of `closure`, called with gradients enabled, if one is given."""
+        """Update the parameters. If a closure is given, call it with gradients enabled and return its loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -52,7 +52,7 @@ class LARS(torch.optim.Optimizer):
             trust = group["eta"] * p_norm / (g_norm + wd * p_norm + group["eps"])
             if group["clip"]:
                 trust = (trust / lr).clamp(max=1)
-            trust = torch.where(p_norm == 0, 1, trust).mul(g_norm != 0)  # a gradient of 0 stays 0, without decay
+            trust = torch.where(p_norm == 0, 1, trust).mul(g_norm != 0)  # where g is 0, it stays 0
             torch._foreach_add_(scaled_grads, scaled, alpha=wd)
             torch._foreach_mul_(scaled_grads, list(trust.unbind()))
         if momentum and params:

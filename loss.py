@@ -1,4 +1,4 @@
-"""The losses of EMP-SSL: pure functions on z (P, B, d), unit vectors of P patches of each of B images."""
+"""The losses of EMP-SSL: pure functions of z (P, B, d), the unit vectors of P patches of each of B images."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 
 def tcr_loss(z, eps=0.2):
-    """Total coding rate, negated: minus the mean over patches of ½ logdet(I + d / (B eps) Z_pᵀ Z_p).
+    """Return the negative total coding rate: minus the mean over patches of ½ logdet(I + d / (B eps) Z_pᵀ Z_p).
 
     z: (P, B, d) unit vectors, any float dtype. Returns a float32 (or float64) scalar.
     Raises ValueError unless z has three dimensions.
@@ -15,13 +15,13 @@ def tcr_loss(z, eps=0.2):
     _, B, d = _shape(z)
     with torch.autocast(z.device.type, enabled=False):
         z = _at_least_float32(z)
-        return -HalfLogDet.apply(z if B <= d else z.mT, d / (B * eps)).mean()  # Sylvester: the smaller matrix serves
+        return -HalfLogDet.apply(z if B <= d else z.mT, d / (B * eps)).mean()  # the smaller matrix, by Sylvester's identity
 
 
 class HalfLogDet(torch.autograd.Function):
-    """½ logdet(I + c z zᵀ) of each z (n, d) in a batch (P, n, d) -> (P,), with its gradient c (I + c z zᵀ)⁻¹ z.
+    """½ logdet(I + c z zᵀ) for each z of a batch: (P, n, d) -> (P,), with the gradient c (I + c z zᵀ)⁻¹ z.
 
-    Autograd's own way, through the gradient of the Cholesky factor, takes 1.5x as long (20 x 100 x 1024, two cores).
+    Autograd differentiates the Cholesky factor instead, which takes 1.5x as long (20 x 100 x 1024, two cores).
     """
 
     @staticmethod
@@ -42,7 +42,7 @@ class HalfLogDet(torch.autograd.Function):
 
 
 def invariance_loss(z):
-    """Minus the mean cosine between each patch and the mean z̄ of its image's patches.
+    """Return minus the mean cosine between each patch and the mean z̄ of its image's patches.
 
     z: (P, B, d) unit vectors, any float dtype. Returns a scalar in [-1, 0].
     Raises ValueError unless z has three dimensions.
@@ -53,10 +53,10 @@ def invariance_loss(z):
 
 
 def vonmises_loss(z, t=2.0):
-    """Log of the mean pairwise Gaussian potential between the images' mean embeddings.
+    """Return the log of the mean Gaussian potential between the images' mean embeddings: log mean_{i<j} exp(-t ‖z̄_i - z̄_j‖²).
 
-    z: (P, B, d) unit vectors, any float dtype; the means z̄ (B, d) are not normalised again. Returns
-    log mean_{i<j} exp(-t ‖z̄_i - z̄_j‖²), a scalar: 0 when all images coincide, lower the more they spread.
+    z: (P, B, d) unit vectors, any float dtype; the means z̄ (B, d) are not normalised again. Returns a scalar: 0 if all images
+    coincide, and lower the more they spread.
     Raises ValueError unless z has three dimensions and B is at least 2.
     Source: arXiv 2005.10242, section 4.1.2 (uniformity).
     """
@@ -69,6 +69,23 @@ def vonmises_loss(z, t=2.0):
         i, j = torch.triu_indices(B, B, 1, device=z.device)
         distance = (square[:, None] + square - 2 * mean @ mean.T)[i, j]  # ‖z̄_i - z̄_j‖², (B (B - 1) / 2,)
         return distance.mul(-t).logsumexp(0) - math.log(len(distance))
+
+
+UNIFORMITY = {"tcr": tcr_loss, "vonmises": vonmises_loss}
+
+
+def emp_ssl_loss(z, uniformity_loss="tcr", invariance_weight=200.0, uniformity_weight=1.0, bags=1, **options):
+    """Return (total, invariance, uniformity), where total = invariance_weight * invariance + uniformity_weight * uniformity.
+
+    z: (P, B, d) unit vectors. uniformity_loss: a key of UNIFORMITY; options are passed to that function. bags: the patches of
+    an image are dealt to so many images, which are then each other's negatives; it must divide P.
+    Source: arXiv 2304.03977, section 2; the weights are those of the authors' code.
+    """
+    P, B, _ = _shape(z)
+    z = z.flatten(0, 1).unflatten(0, (P // bags, bags * B))  # (P, B, d) -> (P / bags, bags B, d)
+    invariance = invariance_loss(z)
+    uniformity = UNIFORMITY[uniformity_loss](z, **options)
+    return invariance_weight * invariance + uniformity_weight * uniformity, invariance, uniformity
 
 
 def _shape(z):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,47 +10,53 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torchvision.models import resnet18
 
-# arch -> (3x3 stem without pooling, removed stages, output width). All from torchvision's resnet18, whose
-# parameter names stay; the authors' "tinyimagenet" variant is their ImageNet variant under a second name.
-ARCHS = {
-    "resnet18-cifar": (True, (), 512),
-    "resnet18-imagenet": (False, (), 512),
-    "resnet18-tinyimagenet": (False, (), 512),
-    "resnet18-mini": (True, ("layer4",), 256),
-    "resnet18-tiny": (True, ("layer3", "layer4"), 128),
-}
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
-def build_backbone(arch):
-    """Returns (module, feature_dim); the module maps (N, 3, H, W) to (N, feature_dim).
+def resnet18_backbone(small_stem, removed=()):
+    """Return torchvision's resnet18 without its classifier, with torchvision's parameter names: (N, 3, H, W) -> (N, features).
 
-    Raises ValueError for an unknown arch.
+    small_stem: a 3x3 convolution without pooling, for small images. removed: names of stages that are left out.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"unknown arch {arch!r}; choose from {', '.join(ARCHS)}")
-    small_stem, removed, feature_dim = ARCHS[arch]
     backbone = resnet18()
     backbone.fc = nn.Identity()
     if small_stem:
         backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         backbone.maxpool = nn.Identity()
-    else:  # the same outputs and gradients, and the activation has a quarter of the pixels
+    else:  # pooling before ReLU: the same outputs and gradients, and ReLU has a quarter of the pixels
         backbone.relu, backbone.maxpool = backbone.maxpool, backbone.relu
     for name in removed:
         setattr(backbone, name, nn.Identity())
     for name in ("layer3", "layer4"):
         for block in getattr(backbone, name).children():
             block.conv1, block.conv2 = Conv3x3(block.conv1), Conv3x3(block.conv2)
-    return backbone, feature_dim
+    return backbone
+
+
+# name: (function that builds the module (N, 3, H, W) -> (N, feature_dim), feature_dim)
+BACKBONES = {
+    "resnet18-cifar": (partial(resnet18_backbone, small_stem=True), 512),
+    "resnet18-imagenet": (partial(resnet18_backbone, small_stem=False), 512),
+    "resnet18-tinyimagenet": (partial(resnet18_backbone, small_stem=False), 512),  # the same, as in the authors' code
+    "resnet18-mini": (partial(resnet18_backbone, small_stem=True, removed=("layer4",)), 256),
+    "resnet18-tiny": (partial(resnet18_backbone, small_stem=True, removed=("layer3", "layer4")), 128),
+}
+
+
+def build_backbone(arch):
+    """Return (module, feature_dim) of a name in BACKBONES. Raises ValueError for any other name."""
+    if arch not in BACKBONES:
+        raise ValueError(f"unknown arch {arch!r}; choose from {', '.join(BACKBONES)}")
+    build, feature_dim = BACKBONES[arch]
+    return build(), feature_dim
 
 
 class Conv3x3(nn.Conv2d):
-    """The 3x3 convolution `conv`, with its weights; on 2x2 or fewer pixels each output pixel meets all of them, the
-    rest of its kernel meets padding, and it is a matrix product.
+    """The 3x3 convolution `conv`, sharing its weight. On 2x2 pixels or fewer it is computed as one matrix product.
 
-    That is what the last two stages of the ImageNet variant see of a 32x32 patch, where oneDNN's gradients are slow:
-    without this, and with ReLU before pooling, a training step takes 1.2x as long (800 patches, two cores, bf16).
+    There each output pixel depends on all input pixels, and the rest of the kernel meets padding. The last two stages of the
+    ImageNet variant see so few pixels of a 32x32 patch, and oneDNN's gradients are slow for them: without this, and with
+    ReLU before pooling, a training step takes 1.2x as long (800 patches, two cores, bf16).
     """
 
     def __init__(self, conv):
@@ -61,7 +68,7 @@ class Conv3x3(nn.Conv2d):
         if H > 2 or W > 2:
             return super().forward(x)
         H_out, W_out = (H - 1) // stride + 1, (W - 1) // stride + 1
-        # Output pixel (i, j) meets input pixel (0, 0) by weight[:, :, 1 - i, 1 - j], and so on.
+        # weight[:, :, 1 - i, 1 - j] connects input pixel (0, 0) to output pixel (i, j).
         kernels = [self.weight[:, :, 1 - i : 1 - i + H, 1 - j : 1 - j + W] for i in range(H_out) for j in range(W_out)]
         matrix = torch.stack(kernels).permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1)  # (H_out W_out c_out, H W c_in)
         y = F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix)  # (N, H_out W_out c_out)
@@ -72,7 +79,8 @@ class Conv3x3(nn.Conv2d):
 class Encoder(nn.Module):
     """x (N, 3, H, W) in [-1, 1] -> h (N, h_dim), the representation, and z (N, z_dim), float32 unit vectors.
 
-    `activation` and `batch_norm` apply to both heads. Raises ValueError for an unknown arch or activation.
+    arch: a key of BACKBONES. activation (a key of ACTIVATIONS) and batch_norm apply to the feature layer and the projection.
+    Raises ValueError for an unknown arch or activation.
     Source: arXiv 2304.03977, section 2 and the authors' code.
     """
 
@@ -96,8 +104,10 @@ class Encoder(nn.Module):
 
 
 def fold_batch_norm(encoder):
-    """A copy of the encoder, in eval mode, whose batch norms are part of the convolution or linear layer before them:
-    1.05 to 1.15x in encoding (resnet18-cifar, two cores, bf16 and fp32)."""
+    """Return a copy of the encoder in eval mode, with each batch norm folded into the convolution or linear layer before it.
+
+    Encoding is 1.05 to 1.15x as fast (resnet18-cifar, two cores, bf16 and fp32).
+    """
     encoder = copy.deepcopy(encoder).eval()
     for parent in list(encoder.modules()):
         for (name, layer), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):

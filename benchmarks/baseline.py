@@ -1,20 +1,15 @@
-"""EMP-SSL as papers and tutorials write it, the opponent in every comparison of benchmarks/bench.py: patches by
-torchvision's transforms on PIL images in worker processes, a d x d logdet for each patch, cosines term by term, LARS as a
-loop over tensors around torch.optim.SGD, fp32, a probe that reads its features through a DataLoader.
+"""EMP-SSL as papers and tutorials write it, to compare the program with: python -m benchmarks.baseline --n_patches 8
 
-    python benchmarks/baseline.py --data_dir .data/cifar10 --arch resnet18-imagenet --n_patches 8 --n_images 10000
-
-It trains the network that main.py trains, with the same settings, and prints accuracy and seconds as one JSON line. Its
-losses and its LARS pass the tests of ours.
+Patches by torchvision's transforms on PIL images in worker processes, a d x d logdet for each patch, cosines term by term,
+LARS as a loop over tensors around torch.optim.SGD, fp32, and a probe that reads its features through a DataLoader. It trains
+the network that main.py trains, with the same settings, and prints accuracy and seconds as one JSON line. Its losses and its
+LARS pass the tests of the program's.
 """
 
 import argparse
-import itertools
 import json
 import os
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +18,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision import transforms
 from torchvision.models import resnet18
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import data
-from model import ARCHS
+from infra.device import generator
+from model import BACKBONES
 
 TRANSFORM = transforms.Compose([
     transforms.RandomResizedCrop(32, scale=(0.25, 0.25), ratio=(1, 1)),
@@ -54,11 +48,12 @@ class Patches(Dataset):
 
 
 def loader(images, n_patches, bs, train):
+    """Return a DataLoader of patches (bs, n_patches, 3, 32, 32), in random order if train."""
     return DataLoader(Patches(images, n_patches), bs, shuffle=train, drop_last=train, num_workers=os.cpu_count())
 
 
 def tcr_loss(z, eps=0.2):
-    """z (P, B, d) -> minus the mean over patches of ½ logdet(I + d / (B eps) zᵀ z)."""
+    """Return minus the mean over patches of ½ logdet(I + d / (B eps) zᵀ z), of z (P, B, d)."""
     P, B, d = z.shape
     loss = 0
     for p in range(P):
@@ -67,7 +62,7 @@ def tcr_loss(z, eps=0.2):
 
 
 def invariance_loss(z):
-    """z (P, B, d) -> minus the mean cosine between each patch and its image's mean."""
+    """Return minus the mean cosine between each patch and its image's mean, of z (P, B, d)."""
     P, mean, loss = len(z), z.mean(0), 0
     for p in range(P):
         loss = loss - F.cosine_similarity(z[p], mean, dim=-1).mean()
@@ -75,7 +70,7 @@ def invariance_loss(z):
 
 
 def vonmises_loss(z, t=2.0):
-    """z (P, B, d) -> log of the mean Gaussian potential between the images' means."""
+    """Return the log of the mean Gaussian potential between the images' means, of z (P, B, d)."""
     return torch.pdist(z.mean(0)).square().mul(-t).exp().mean().log()
 
 
@@ -103,14 +98,15 @@ class LARS(torch.optim.SGD):
 
 
 class Encoder(nn.Module):
-    """The network of model.Encoder, and the names of its weights, of torchvision's layers alone."""
+    """The network of model.Encoder, with the same names of its weights, of torchvision's layers alone."""
 
     def __init__(self, arch, h_dim=4096, z_dim=1024):
         super().__init__()
-        small_stem, removed, feature_dim = ARCHS[arch]
+        removed = {"resnet18-mini": ("layer4",), "resnet18-tiny": ("layer3", "layer4")}.get(arch, ())
+        feature_dim = 512 // 2 ** len(removed)  # each stage has twice the channels of the one before
         self.backbone = resnet18()
         self.backbone.fc = nn.Identity()
-        if small_stem:
+        if arch not in ("resnet18-imagenet", "resnet18-tinyimagenet"):
             self.backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
             self.backbone.maxpool = nn.Identity()
         for name in removed:
@@ -125,7 +121,7 @@ class Encoder(nn.Module):
 
 
 def train_step(encoder, optimizer, x):
-    """x (B, P, 3, 32, 32) on the encoder's device -> (invariance, uniformity), numbers."""
+    """Train on x (B, P, 3, 32, 32), on the encoder's device. Return (invariance, uniformity), numbers."""
     B, P = x.shape[:2]
     _, z = encoder(x.transpose(0, 1).flatten(0, 1))
     z = z.unflatten(0, (P, B))
@@ -137,6 +133,7 @@ def train_step(encoder, optimizer, x):
 
 
 def train(encoder, images, n_patches, n_epochs, bs=100, lr=0.3):
+    """Train the encoder in place, with a cosine over all steps."""
     device = next(encoder.parameters()).device
     optimizer = LARS(encoder.parameters(), lr, weight_decay=1e-4, nesterov=True, eta=0.005, clip=True)
     n_steps = n_epochs * (len(images) // bs)
@@ -151,7 +148,7 @@ def train(encoder, images, n_patches, n_epochs, bs=100, lr=0.3):
 
 @torch.no_grad()
 def encode(encoder, images, n_patches, bs):
-    """float32 (N, h_dim): the mean of h over each image's patches."""
+    """Return float32 (N, h_dim): the mean of h over each image's patches."""
     device = next(encoder.parameters()).device
     encoder.eval()
     embeddings = []
@@ -161,13 +158,16 @@ def encode(encoder, images, n_patches, bs):
     return torch.cat(embeddings)
 
 
-def linear_probe(x, y, x_test, y_test, n_classes, device, n_epochs=100, lr=0.0075, bs=100, workers=0):
-    """Top-1 in percent on the test set, after the last epoch. The authors' code has 2 workers, which is slower on a CPU."""
+def linear_probe(x, y, x_test, y_test, n_classes, device, n_epochs=100, lr=0.0075, **loading):
+    """Fit a linear layer and return its top-1 in percent on the test set, after the last epoch.
+
+    loading: options of the DataLoaders. The authors' code has num_workers=2, which is slower on a CPU.
+    """
     layer = nn.Linear(x.shape[1], n_classes).to(device)
     optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9, weight_decay=5e-5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_epochs)
-    train_loader = DataLoader(TensorDataset(x, y), bs, shuffle=True, num_workers=workers)
-    test_loader = DataLoader(TensorDataset(x_test, y_test), bs, num_workers=workers)
+    train_loader = DataLoader(TensorDataset(x, y), 100, shuffle=True, **loading)
+    test_loader = DataLoader(TensorDataset(x_test, y_test), 100, **loading)
     for _ in range(n_epochs):
         for batch, label in train_loader:
             optimizer.zero_grad()
@@ -182,32 +182,30 @@ def linear_probe(x, y, x_test, y_test, n_classes, device, n_epochs=100, lr=0.007
 
 
 def run(options):
-    start = time.monotonic()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Train, encode and probe; print a JSON line."""
+    device, seconds = "cuda" if torch.cuda.is_available() else "cpu", {}
     torch.manual_seed(options.seed)
-    train_set, test_set = (data.load_images("folder", options.data_dir, train) for train in (True, False))
-    random = data.generator(options.seed, "subset")
-    subset = data.balanced_subset(train_set.labels, len(train_set.images), options.n_images, random)
-    images, labels = train_set.images[subset], train_set.labels[subset]
-    encoder = Encoder(options.arch).to(device)
-    clock = [time.monotonic()]
-    train(encoder, images, options.n_patches, options.n_epochs)
-    clock.append(time.monotonic())
-    x, x_test = (encode(encoder, part, options.n_patches, 100) for part in (images, test_set.images))
-    clock.append(time.monotonic())
-    top1 = linear_probe(x, labels, x_test, test_set.labels, len(train_set.class_names), device)
-    clock.append(time.monotonic())
-    stages = dict(zip(("training", "encoding", "probe"), (b - a for a, b in itertools.pairwise(clock)), strict=True))
-    seconds = {name: round(value, 1) for name, value in {**stages, "all": clock[-1] - start}.items()}
+
+    def timed(stage, function, *args):
+        start = time.monotonic()
+        result = function(*args)
+        seconds[stage] = round(time.monotonic() - start, 1)
+        return result
+
+    train_set, test_set = (data.load_images(options.dataset, options.data_dir, train) for train in (True, False))
+    images, labels, class_names = data.subset_of(train_set, options.n_images, generator(options.seed, "subset"))
+    encoder, everything = Encoder(options.arch).to(device), torch.cat([images, test_set.images])
+    timed("training", train, encoder, images, options.n_patches, options.n_epochs)
+    x = timed("encoding", encode, encoder, everything, options.n_patches, 100)
+    top1 = timed("probe", linear_probe, x[: len(images)], labels, x[len(images) :], test_set.labels, len(class_names), device)
     print(json.dumps({"seed": options.seed, "top1": top1, "seconds": seconds}))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="folder of images: train/<class>/*, test/<class>/*")
-    parser.add_argument("--arch", default="resnet18-cifar", choices=tuple(ARCHS))
-    parser.add_argument("--n_patches", type=int, default=20)
-    parser.add_argument("--n_epochs", type=int, default=2)
-    parser.add_argument("--n_images", type=int, default=50000)
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--dataset", default="cifar10", choices=("cifar10", "folder"))
+    parser.add_argument("--data_dir", default="./datasets", help="folder: with train/<class>/* and test/<class>/*")
+    parser.add_argument("--arch", default="resnet18-cifar", choices=tuple(BACKBONES))
+    for name, default in {"n_patches": 20, "n_epochs": 2, "n_images": 50000, "seed": 42}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     run(parser.parse_args())

@@ -1,0 +1,74 @@
+"""What the user sees: one logger, which speaks for the main process alone, and progress bars."""
+
+import logging
+import os
+import sys
+import time
+import traceback
+
+from tqdm import tqdm
+
+from infra.distributed import RANK, WORLD_SIZE
+
+log = logging.getLogger("emp_ssl")
+PLAIN = {"prefix": ""}  # extra= of a warning that is shown without "warning: "
+EVERY_PROCESS = {"every_process": True}  # extra= of an error that any process may report
+PREFIX = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
+
+
+def paint(text, code, stream):
+    """Return the text in a colour or weight, if the stream is a terminal and NO_COLOR is not set (no-color.org)."""
+    return f"\033[{code}m{text}\033[0m" if stream.isatty() and not os.environ.get("NO_COLOR") else text
+
+
+class ConsoleHandler(logging.Handler):
+    """Print information to stdout, and warnings and errors to stderr. Each line is flushed, so that a pipe sees it at once."""
+
+    def emit(self, record):
+        stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
+        if record.exc_info:
+            traceback.print_exception(*record.exc_info, file=stream)
+        prefix = getattr(record, "prefix", PREFIX.get(record.levelno, ""))
+        if record.levelno == logging.ERROR:
+            prefix = paint("error:", "31", stream) + " "
+        print(prefix + record.getMessage(), file=stream, flush=True)
+
+
+def rank_filter(record):
+    """Let the main process speak alone; an error that only one process knows of passes with the number of its process."""
+    if getattr(record, "every_process", False):
+        record.msg = f"process {RANK}: {record.msg}" if WORLD_SIZE > 1 else record.msg
+        return True
+    return RANK == 0
+
+
+log.setLevel(logging.INFO)
+log.propagate = False
+log.handlers = [ConsoleHandler()]
+log.filters = [rank_filter]
+
+
+def log_stage(title):
+    """Print the title of a stage, in bold on a terminal."""
+    log.info(paint(f"===> {title}", "1", sys.stdout))
+
+
+def progress_bar(items, desc, **options):
+    """Return the items with a tqdm bar. It is shown on a terminal only, and by the main process only."""
+    return tqdm(items, desc, disable=None if RANK == 0 else True, **options)
+
+
+def progress(items, desc, every, unit, size=1):
+    """Yield the items. Each stands for `size` units. On a terminal show a bar, else print a line after every `every` items."""
+    start = time.monotonic()
+    bar = progress_bar(items, desc, unit=f" {unit}", unit_scale=size)
+    for done, item in enumerate(bar, 1):
+        yield item
+        if bar.disable and done % every == 0:
+            rate = done / (time.monotonic() - start)
+            log.info(f"{desc} {done}/{len(items)} | {size * rate:,.0f} {unit}/s, {time_left(len(items) - done, rate)} left")
+
+
+def time_left(n, rate):
+    """Return the time that n items take at so many a second, as MM:SS or H:MM:SS."""
+    return tqdm.format_interval(n / rate)

@@ -1,0 +1,85 @@
+"""Device, precision, memory and random generators."""
+
+import copy
+import hashlib
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from infra.errors import UsageError
+
+
+def pick_device(name):
+    """Return the torch.device of this name; auto takes cuda, then mps, then cpu. Raises UsageError if there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} must be auto, cpu, mps, cuda or cuda:N") from None
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
+    if (device.index or 0) >= count:
+        raise UsageError(f"device {name} is not available here: device auto takes the best that is")
+    return device
+
+
+def pick_precision(name, device):
+    """Resolve auto: bf16 where the hardware has it natively, because elsewhere it is slower than fp32; else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        return "bf16" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "fp32"
+    return "fp32"
+
+
+def set_deterministic(enabled):
+    """Ask torch for the same bits in each run, also on CUDA; if not enabled, let cuDNN pick the fastest kernels."""
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
+    torch.use_deterministic_algorithms(enabled)
+    torch.backends.cudnn.benchmark = not enabled
+
+
+def generator(seed, purpose, epoch=0, step=0):
+    """Return a CPU torch.Generator that depends on these four alone, so that any step can be repeated by itself."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{epoch}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def to_device(tensor, device):
+    """Copy a CPU tensor to the device. On CUDA the copy is pinned and asynchronous: the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def peak_memory(device):
+    """Return the most memory that was used so far, in bytes: the GPU's, else that of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def total_memory(device):
+    """Return the memory of the GPU, else of the computer, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def saved_bytes(network, n_images, size, bf16):
+    """Return the bytes that autograd keeps of n_images images (3, size, size) between forward and backward, tried on the CPU."""
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.untyped_storage())
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        copy.deepcopy(network).cpu().train()(torch.zeros(n_images, 3, size, size))  # a copy: batch norm counts what it sees
+    return sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())

@@ -1,0 +1,131 @@
+"""Several processes, started by torchrun, each with its shard of every batch. With one process nothing here has an effect."""
+
+import functools
+import os
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+
+from infra.errors import UsageError
+
+LAUNCHED = dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+
+
+def on_main_process(function):
+    """Decorate a function that writes: in every process but the main one it does nothing and returns None."""
+    return function if RANK == 0 else functools.wraps(function)(lambda *args, **kwargs: None)
+
+
+def local_device(name):
+    """Return the device name of this process: of the GPUs of its machine, the one with its local rank."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if LAUNCHED and name in ("cuda", "auto") and torch.cuda.is_available() else name
+
+
+@contextmanager
+def process_group(device):
+    """Join the process group: NCCL between CUDA devices, gloo between CPUs."""
+    if WORLD_SIZE > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        if WORLD_SIZE > 1:
+            dist.destroy_process_group()
+
+
+def data_parallel(encoder, device):
+    """Return the encoder with gradients averaged over the processes and, on CUDA, batch norm over the whole batch."""
+    if WORLD_SIZE == 1:
+        return encoder
+    if device.type == "cuda":
+        encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    return torch.nn.parallel.DistributedDataParallel(encoder, [device] if device.type == "cuda" else None)
+
+
+def no_sync(network, enabled):
+    """Within, if enabled, backward passes accumulate gradients and do not average them yet."""
+    return network.no_sync() if WORLD_SIZE > 1 and enabled else nullcontext()
+
+
+def shard_size(bs):
+    """Return how many of bs images each process takes. Raises UsageError unless bs is a multiple of the processes."""
+    if bs % WORLD_SIZE:
+        raise UsageError(f"bs {bs} must be a multiple of the {WORLD_SIZE} processes, which share a batch")
+    return bs // WORLD_SIZE
+
+
+def shard(items):
+    """Return this process's part of a tensor or sequence: consecutive items, as many as the others have, or one more."""
+    n = len(items)
+    return items[RANK * n // WORLD_SIZE : (RANK + 1) * n // WORLD_SIZE]
+
+
+def shard_offset(n):
+    """Return (where this process's shard of n images begins in the batch, images in the batch)."""
+    return RANK * n, WORLD_SIZE * n
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenate the shards of all processes along dimension 1.
+
+    Each process computes the same loss of all z, so the gradient of its own shard is a slice of the whole gradient. It is
+    multiplied by the number of processes, because DistributedDataParallel averages gradients that must be summed.
+    """
+
+    @staticmethod
+    def forward(ctx, z):
+        parts = [torch.empty_like(z) for _ in range(WORLD_SIZE)]
+        dist.all_gather(parts, z.contiguous())
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return WORLD_SIZE * grad.chunk(WORLD_SIZE, 1)[RANK]
+
+
+def all_gather(z):
+    """Return z of the whole batch, with gradient: (P, B / processes, d) -> (P, B, d), the same in all processes."""
+    return z if WORLD_SIZE == 1 else _AllGather.apply(z)
+
+
+def broadcast_buffers(encoder):
+    """Copy the main process's batch-norm statistics to all: on CPUs each process has followed its own shard."""
+    for buffer in encoder.buffers() if WORLD_SIZE > 1 else ():
+        dist.broadcast(buffer, 0)
+
+
+def all_reduce_sum(tensor):
+    """Sum the tensor over the processes, in place, and return it."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_max(*numbers):
+    """Return the maximum of each integer over the processes. It runs on the CPUs, also with CUDA: no GPU is waited for."""
+    if WORLD_SIZE > 1:
+        numbers = torch.tensor(numbers)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return [int(number) for number in numbers]
+
+
+def barrier():
+    """Wait until all processes are here."""
+    all_reduce_max(0)
+
+
+@contextmanager
+def main_process_first():
+    """The main process runs the block first. Then the others run it, and find what it wrote."""
+    if RANK != 0:
+        barrier()
+    try:
+        yield
+    finally:
+        if RANK == 0:
+            barrier()

@@ -1,0 +1,28 @@
+"""The two errors that a user is meant to see, and one line for every other."""
+
+import errno
+
+import torch
+
+
+class RunError(Exception):
+    """Something failed while running. The message is one line for the user; the exit code is 1."""
+
+    code = 1
+
+
+class UsageError(Exception):
+    """The user asked for something impossible. The message is one line that names it and the way out; the exit code is 2."""
+
+    code = 2
+
+
+def explain(error):
+    """Return one line for an error that no code expected; too little memory and a full disk get a line of their own."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:  # on CUDA, on the CPU
+        return (f"out of memory ({text[:100]}): in hparams.yaml lower bs, n_patches or max_patches, or set precision: bf16, "
+                f"then resume; all that was written is kept")  # fmt: skip
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left on the disk ({text[:200]}): make room, then resume; all that was written before is kept"
+    return f"{type(error).__name__}: {text[:1000]} (--debug shows where)"

@@ -1,0 +1,210 @@
+"""Images decoded once: into memory, or into a file of the cache folder, from which batches are read ahead."""
+
+import collections
+import functools
+import hashlib
+import os
+import signal
+import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, ImageOps
+
+from infra import files
+from infra.console import log, progress_bar
+from infra.device import to_device
+from infra.distributed import main_process_first
+from infra.errors import RunError, UsageError
+
+MANY = 1000  # files: from here on, several processes decode them and the result is cached
+LARGE = 2 * 10**9  # bytes: above this, images stay in their file
+CHUNK = 64  # images that a worker process decodes at a time
+
+
+class UnreadableImage(Exception):
+    """The file is not an image that Pillow can decode. The message names the file and the reason."""
+
+
+class ImageFile:
+    """Images that do not fit into memory: uint8 (N, 3, size, size) in a file. digests: int64 (N,), a checksum of each image.
+
+    images[index], where index is a slice or a tensor of indices, reads a CPU tensor. Raises RunError if the file is cut off.
+    """
+
+    def __init__(self, path, size, rows, digests):
+        self.path, self.rows, self.digests, self.shape = path, rows, digests, (len(rows), 3, size, size)
+        self.file = open(path, "rb")  # noqa: SIM115, it stays open as long as the images are used
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        rows = self.rows[index]
+        images = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
+        for image, row in zip(images.numpy(), rows.tolist(), strict=True):
+            if os.preadv(self.file.fileno(), [image], row * image.nbytes) < image.nbytes:
+                raise RunError(f"{self.path} is cut off: remove it, it will be made again")
+        return images
+
+
+def subset(images, index):
+    """Return these images: a tensor of a tensor, an ImageFile of an ImageFile."""
+    if isinstance(images, ImageFile):
+        return ImageFile(images.path, images.shape[-1], images.rows[index], images.digests[index])
+    return images[index]
+
+
+def on_device(images, device):
+    """Move a tensor of images to the device. An ImageFile stays where it is; its batches are moved."""
+    return images if isinstance(images, ImageFile) else images.to(device)
+
+
+def batches(images, rows, device, ahead=4):
+    """Yield images[rows[0]], images[rows[1]], ... on the device. A thread reads `ahead` batches of an ImageFile in advance."""
+    if not isinstance(images, ImageFile):
+        yield from (images[index] for index in rows)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        read = collections.deque(pool.submit(images.__getitem__, to_cpu(index)) for index in rows[:ahead])
+        for i in range(len(rows)):
+            batch = read.popleft().result()
+            if i + ahead < len(rows):
+                read.append(pool.submit(images.__getitem__, to_cpu(rows[i + ahead])))
+            yield to_device(batch, device)
+
+
+def to_cpu(index):
+    return index.cpu() if isinstance(index, torch.Tensor) else index
+
+
+def read_image(path, image_size):
+    """Return the image as RGB uint8 (3, image_size, image_size). Raises UnreadableImage."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
+            with Image.open(path) as image:
+                return np.asarray(to_rgb(image, image_size)).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+    except Exception as error:  # Pillow raises nearly anything on a damaged file
+        raise UnreadableImage(f"{path} ({type(error).__name__})") from None
+
+
+def to_rgb(image, image_size):
+    """Convert a PIL image of any mode to RGB: turned by its EXIF, its shorter side resized to image_size, centre-cropped."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BICUBIC)
+
+
+def decode_each(rows, paths, image_size, store):
+    """Decode images and call store(row, pixels) with each. Return {row: what store returned} and {row: why it is unreadable}."""
+    stored, failures = {}, {}
+    for row, path in zip(rows, paths, strict=True):
+        try:
+            stored[row] = store(row, read_image(path, image_size))
+        except UnreadableImage as error:
+            failures[row] = str(error)
+    return stored, failures
+
+
+def decode_in_memory(paths, image_size):
+    """Return a dict: images, uint8 (M, 3, image_size, image_size), of the M readable files; readable, int64 (M,), their
+    indices into paths; failures, a line for each of the other files."""
+    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
+    stored, failures = decode_each(range(len(paths)), paths, image_size, images.numpy().__setitem__)
+    readable = torch.tensor(list(stored), dtype=torch.int64)
+    return {"images": images[readable] if failures else images, "readable": readable, "failures": list(failures.values())}
+
+
+def decode_once(paths, folder, image_size):
+    """As decode_in_memory, by several processes, and kept in the cache folder. If images are more than LARGE bytes, they stay
+    in the file there: images is an ImageFile."""
+    name, size = f"folder-{image_size}", len(paths) * 3 * image_size**2
+    file = cache_path(name, folder).with_suffix(".u8")
+
+    def decode():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with files.atomic_write(file) as out:
+            out.truncate(size)
+            digests, failures = decode_with_processes(out.name, paths, image_size)
+        return {"readable": torch.tensor(list(digests), dtype=torch.int64), "digests": torch.tensor(list(digests.values())),
+                "failures": list(failures.values())}  # fmt: skip
+
+    try:
+        with main_process_first():
+            content = cached(name, folder, paths, decode, lambda: file.exists() and file.stat().st_size == size)
+    except OSError as error:
+        log.warning(f"the decoded images are not kept for the next time: {error}")
+        return decode_in_memory(paths, image_size)
+    images = ImageFile(file, image_size, content["readable"], content["digests"])
+    return {**content, "images": images if size > LARGE else images[:]}
+
+
+def decode_with_processes(file, paths, image_size):
+    """Decode image i to row i of the file. Return {row: digest} and {row: why it is unreadable}."""
+    chunks = [range(i, min(i + CHUNK, len(paths))) for i in range(0, len(paths), CHUNK)]
+    decode = functools.partial(decode_each, image_size=image_size, store=functools.partial(write_image, file))
+    digests, failures = {}, {}
+    # Processes, not threads: Python's lock makes two threads half as fast as one.
+    with ProcessPoolExecutor(initializer=leave_signals_to_the_parent) as pool:
+        results = pool.map(decode, chunks, [paths[rows.start : rows.stop] for rows in chunks])
+        for stored, unreadable in progress_bar(results, "decode", total=len(chunks), unit=" images", unit_scale=CHUNK):
+            digests |= stored
+            failures |= unreadable
+    return digests, failures
+
+
+def write_image(file, row, pixels):
+    """Write uint8 pixels (3, H, W) to a row of the file; return their digest, an int64."""
+    content = np.ascontiguousarray(pixels).tobytes()
+    with open(file, "r+b", buffering=0) as out:
+        os.pwrite(out.fileno(), content, row * len(content))
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little", signed=True)
+
+
+def leave_signals_to_the_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def cache_path(name, folder):
+    """Return the path of a file in the cache folder: emp-ssl in $XDG_CACHE_HOME or ~/.cache. It can be removed at any time."""
+    place = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emp-ssl" / f"{name}-{place}.pt"
+
+
+def cached(name, folder, paths, read, is_whole=lambda: True):
+    """Return the result of read(), a dict of tensors and plain values, and keep it in the cache folder for the next time.
+
+    It is read again if the size or time of a file in `paths` has changed, if the version of Pillow has, or if a file that
+    read() writes besides is not whole.
+    """
+    listing = [(str(path), *size_and_time(path)) for path in paths]
+    key = hashlib.sha256(repr([PIL.__version__, listing]).encode()).hexdigest()
+    path = cache_path(name, folder)
+    try:
+        content = files.load(path)
+        if content.get("key") == key and is_whole():
+            return content
+    except (RunError, UsageError):  # missing, damaged, or of an earlier version
+        pass
+    content = read()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.save(path, {**content, "key": key})
+    except OSError as error:
+        log.warning(f"the decoded images are not kept for the next time: {error}")
+    return content
+
+
+def size_and_time(path):
+    """Return (bytes, modification time in ns), zeros for a broken link or a file that has just been removed."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns

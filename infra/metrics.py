@@ -1,0 +1,188 @@
+"""What a run records beside its results: its launches and their environment, its metrics, its TensorBoard events."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy
+import PIL
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+from infra import files
+from infra.console import PLAIN, log
+from infra.distributed import WORLD_SIZE, on_main_process
+
+POSITION = {"epoch", "step", "global_step", "probe_epoch"}  # what of a line of metrics.jsonl is no metric
+
+
+def environment(device, precision):
+    """Return what the figures of a run depend on beside its settings, as a dict of plain values."""
+    processor = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())  # some ARM processors have none
+        processor = found[1] if found else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": numpy.__version__,
+                "Pillow": PIL.__version__}  # fmt: skip
+    return {"processor": processor, "cores": os.cpu_count(), "device": name, "precision": precision,
+            "python": platform.python_version(), **versions}  # fmt: skip
+
+
+def git_commit():
+    """Return {"commit": of this program, "dirty": whether its files differ from it}, both None where git can't tell."""
+    git = ["git", "-C", Path(__file__).parent]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": bool(changes)}
+
+
+def now():
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+
+
+def read_launches(path):
+    """Return the launches of a run, the newest last, from its environment.json; [] if the file is missing or damaged."""
+    launches = files.read_json(path)
+    return launches if isinstance(launches, list) and all(isinstance(launch, dict) for launch in launches) else []
+
+
+class Journal:
+    """The record of one launch: an entry in environment.json, lines of metrics.jsonl, and TensorBoard events.
+
+    launch: a dict with what is known at the start. launches_path, metrics_path: the two files. board: a Board, or None.
+    Nothing is written before `begin`, so a launch that finds everything done leaves no trace. As a context manager it
+    records how the launch ended.
+    """
+
+    def __init__(self, launch, launches_path, metrics_path, board=None):
+        self.launches_path, self.metrics_path, self.board = launches_path, metrics_path, board
+        self.launches = None  # until begin
+        self.launch = {**launch, **git_commit(), "processes": WORLD_SIZE, "start": now(), "end": None, "outcome": None,
+                       "stages": [], "seconds": {}}  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.launches and error:
+            with suppress(OSError):  # a full disk, for example: the error that ended the launch is the one to report
+                self.write(outcome=" ".join(str(error).split())[:300] or kind.__name__, end=now())
+        if self.board:
+            self.board.close()
+
+    def write(self, **values):
+        self.launch |= values
+        files.write_json(self.launches_path, self.launches)
+
+    @on_main_process
+    def begin(self, stage=None, metrics_bytes=None):
+        """Record that the launch works on a stage. Cut metrics.jsonl to metrics_bytes first: later lines will come again."""
+        if not self.launches:
+            self.launches = [*read_launches(self.launches_path), self.launch]
+        self.write(stages=self.launch["stages"] + [stage] * bool(stage))
+        cut = metrics_bytes is not None and self.metrics_path.exists() and self.metrics_path.stat().st_size > metrics_bytes
+        if cut:
+            os.truncate(self.metrics_path, metrics_bytes)
+        if self.board and (cut or not self.board.is_open):
+            self.board.open(files.read_jsonl(self.metrics_path))
+
+    @on_main_process
+    def finish(self, metrics_bytes, result, seconds):
+        """Record the result of the probe ({} if there is none) and the seconds per stage, unless that was done before."""
+        launches = read_launches(self.launches_path)
+        if launches and launches[-1].get("outcome") == "finished":
+            return
+        self.begin(metrics_bytes=metrics_bytes)
+        for epoch, (top1, top5) in enumerate(result.get("per_epoch", [])):
+            self.add(probe_epoch=epoch, top1=top1, top5=top5)
+        if result and self.board:
+            self.board.add_result(self.launch["hparams"], result)
+        self.write(outcome="finished", end=now(), seconds=seconds)
+
+    @on_main_process
+    def add(self, **values):
+        """Append a line to metrics.jsonl, a JSON object, and its numbers to the TensorBoard scalars."""
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        if self.board:
+            self.board.add_line(values)
+
+
+class Board:
+    """TensorBoard events in a folder, drawn from the lines of metrics.jsonl, with a picture, if its PNG file exists.
+
+    Without the package tensorboard, each method does nothing.
+    """
+
+    def __init__(self, folder, picture):
+        self.folder, self.picture, self.writer, self.is_open = folder, picture, None, False
+
+    def open(self, lines):
+        """Write the events anew from the lines, so that they show no step twice, whatever happened before."""
+        self.is_open = True
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            log.warning("* No TensorBoard events: pip install tensorboard; metrics.jsonl has the same numbers", extra=PLAIN)
+            return
+        self.close()
+        for path in self.folder.glob("events.*"):
+            path.unlink()
+        self.writer = SummaryWriter(self.folder, purge_step=0, flush_secs=10)
+        for line in lines:
+            self.add_line(line)
+        if self.picture.exists():
+            with Image.open(self.picture) as picture:
+                self.writer.add_image(self.picture.stem, torchvision.transforms.functional.pil_to_tensor(picture))
+
+    def close(self):
+        if self.writer:
+            self.writer.close()
+
+    def add_line(self, line):
+        """Show a line of metrics.jsonl: its numbers as scalars, or a setting that was changed as a text."""
+        if not self.writer:
+            return
+        stage, step = ("train", line["global_step"]) if "global_step" in line else ("probe", line["probe_epoch"])
+        if "event" in line:
+            self.writer.add_text("changed", f"{line['name']}: {line['old']} -> {line['new']}", step)
+            return
+        for name in set(line) - POSITION:
+            self.writer.add_scalar(f"{stage}/{name}", line[name], step)
+
+    def add_result(self, hparams, result):
+        """Show the accuracies, also beside the hyperparameters in the tab HPARAMS."""
+        if not self.writer:
+            return
+        from torch.utils.tensorboard.summary import hparams as summaries
+
+        metrics = {f"result/{name}": result[name] for name in ("top1", "top5", "knn_top1")}
+        for summary in summaries({name: "" if value is None else value for name, value in hparams.items()}, metrics):
+            self.writer.file_writer.add_summary(summary)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, 0)
+        self.writer.flush()
+
+    def add_embeddings(self, embeddings, images, names, n_dims=50):
+        """Show embeddings (n, d) in the tab PROJECTOR, with their uint8 images (n, 3, H, W) and a name each.
+
+        Only the first n_dims principal components: TensorBoard stores text, and 1,000 x 4,096 numbers would be 50 MB.
+        """
+        if not self.writer:
+            return
+        x = embeddings - embeddings.mean(0)
+        components = torch.linalg.svd(x, full_matrices=False).Vh[:n_dims]
+        sprites = F.interpolate(images.float() / 255, size=(32, 32), mode="bilinear", antialias=True)
+        (self.folder / "projector_config.pbtxt").unlink(missing_ok=True)  # it would get a second entry
+        self.writer.add_embedding(x @ components.T, names, sprites, tag="test")

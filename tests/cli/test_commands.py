@@ -1,0 +1,151 @@
+"""The commands and their options, as users type them."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, RUN, contents, fingerprints, run, trained_with
+
+from experiment import Run
+from hparams import PRESETS, SETTINGS
+from infra import device
+from model import Encoder
+
+
+def test_a_preset_is_ordinary_hyperparameters(finished, tmp_path):
+    options = ["--dataset", "textures", "--n_epochs", "0", "--n_eval_epochs", "1", "--n_images", "100", "--test_patches", "1"]
+    result = run("train", "--preset", "one-minute", *options, "--log_folder", tmp_path)
+    assert result.code == 0, result.err
+    hp = vars(Run(next(tmp_path.iterdir())).read_hparams())
+    given = {"dataset": "textures", "n_epochs": 0, "n_eval_epochs": 1, "n_images": 100, "test_patches": 1}
+    defaults = {name: setting.default for name, setting in SETTINGS.items()}
+    assert hp == {**defaults, **PRESETS["one-minute"], **given}
+    result = run("train", "--preset", "one-minute", "--config_from", finished, "--log_folder", tmp_path)
+    assert (result.code, len(list(tmp_path.iterdir()))) == (2, 1)
+
+
+def test_config_from_another_run(finished, tmp_path):
+    result = run("train", "--config_from", finished, "--exp_name", "new", "--n_epochs", "1", "--log_folder", tmp_path)
+    assert result.code == 0, result.err
+    there, here = vars(Run(finished).read_hparams()), vars(Run(tmp_path / RUN.replace("default", "new")).read_hparams())
+    assert here == {**there, "n_epochs": 1}
+    result = run("train", "--config_from", finished, "--log_folder", finished.parent)
+    assert result.code == 2
+    assert "--exp_name" in result.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--optimizer sgd --lr 0.01 --activation tanh --no-batch_norm --n-epochs=1",
+        "--uniformity_loss vonmises --emb_pool proj --invariance_loss_weight 1.5 --n_epochs 1 --deterministic",
+        "--precision bf16 --n_images 12 --test_patches 3 --n_epochs 1 --save_proj",
+        "--n_epochs 0",
+    ],
+)
+def test_options_run_through(tiny, tmp_path, options):
+    result = trained_with(*options.split(), tiny=tiny, tmp_path=tmp_path)
+    assert "===> Report" in result.out
+    hp = Run(next(tmp_path.glob("default__*"))).read_hparams()
+    for name, value in re.findall(r"--(\w+) ([\w.]+)", options):
+        assert str(getattr(hp, name)).removesuffix(".0") == value.removesuffix(".0")
+
+
+def test_precision_auto_and_unknown_devices(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    assert device.pick_precision("auto", cpu) in ("fp32", "bf16")
+    assert [device.pick_precision(name, cpu) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
+    monkeypatch.setattr(device.os.path, "exists", lambda path: True)
+    for flags, expected in (("fpu avx2 avx512f", "fp32"), ("avx512f avx512_bf16", "bf16")):
+        monkeypatch.setattr(device.Path, "read_text", lambda self, flags=flags: f"flags : {flags}\n")
+        assert device.pick_precision("auto", cpu) == expected
+    monkeypatch.undo()
+    for name in ("cuda", "cuda:3", "tpu", "cuda:x", "meta"):
+        result = run("train", "--device", name, "--log_folder", tmp_path / "logs")
+        assert (result.code, (tmp_path / "logs").exists()) == (2, False)
+        assert name in result.err
+
+
+def test_cleanup_asks_keeps_the_newest_and_says_how_much_it_freed(copy, tmp_path, monkeypatch):
+    for epoch in range(2, 12):
+        shutil.copy(copy / "checkpoints" / "1.pt", copy / "checkpoints" / f"{epoch}.pt")
+    before = fingerprints(copy)
+    for answer in ("n", ""):
+        monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
+        result = run("cleanup", "--log_folder", tmp_path, "--keep", "2")
+        assert (result.code, fingerprints(copy)) == (0, before)
+        assert "Nothing removed" in result.out
+    result = run("cleanup", "--log_folder", tmp_path, "--keep", "2", "-y")
+    gone = set(before) - set(fingerprints(copy))
+    assert gone == {copy / "checkpoints" / f"{epoch}.pt" for epoch in range(10)}
+    assert f"Freed {sum(len(before[path][0]) for path in gone) / 1e6:,.1f} MB" in result.out
+    assert run("resume", "--exp_dir", copy).code == 0
+    assert run("cleanup", "--log_folder", tmp_path, "--keep", "0", "-y").code == 2
+    assert run("cleanup", "--log_folder", tmp_path / "missing", "--keep", "1", "-y").code == 2
+
+
+def test_help_lists_every_option_with_its_default():
+    out = run("train", "--help").out
+    flat = " ".join(out.split())
+    for param in SETTINGS.values():
+        assert f"--{param.name}" in flat
+        assert param.help in flat
+        assert param.default is None or f"(default: {param.default})" in flat
+    for command in ("resume", "cleanup"):
+        result = run(command, "--help")
+        assert result.code == 0
+        assert command in run("--help").out
+
+
+def test_importing_does_nothing(tmp_path):
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for folder in (".", "infra", "tools")
+             for path in sorted(ROOT.glob(f"{folder}/*.py"))]  # fmt: skip
+    code = f"import {', '.join(names)}, torch; assert not torch.cuda.is_initialized()"
+    command, environment = [sys.executable, "-c", code, "--bogus"], {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
+
+
+def test_a_dry_run_tells_and_writes_nothing(tiny, images, tmp_path):
+    before = fingerprints(images)
+    result = run(*tiny, "--dry_run", "--log_folder", tmp_path / "logs")
+    assert (result.code, result.err) == (0, "")
+    assert yaml.safe_load(result.out.split("* ")[0])["params"]["bs"] == 4
+    n = sum(p.numel() for p in Encoder("resnet18-tiny", 8, 4).parameters())
+    assert f"* Parameters: {n / 1e6:.2f} million" in result.out
+    assert "12 steps of 8 patches" in result.out
+    assert re.search(r"\* Memory: about \d", result.out)
+    assert re.search(r"\* Time: [\d.e-]+ s a step, about [\d.e-]+ minutes", result.out)
+    assert fingerprints(images) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_from_a_csv_file(tiny, images, finished, tmp_path):
+    """The same images in folders that mean nothing, the labels in a file: the same result."""
+    rows = ["path,label"]
+    for split in ("train", "test"):
+        for i, path in enumerate(sorted((images / split).rglob("*.png"))):
+            to = tmp_path / "data" / split / f"{i:02}" / "é, x.png"
+            to.parent.mkdir(parents=True)
+            shutil.copy(path, to)
+            rows.append(f'"{to.relative_to(tmp_path / "data")}",{path.parent.name}')
+    file = tmp_path / "labels.csv"
+    file.write_text("\n".join(rows) + "\n")
+    trained_with("--data_dir", tmp_path / "data", "--labels", file, tiny=tiny, tmp_path=tmp_path)
+    ours, undisturbed = contents(tmp_path / RUN), contents(finished)
+    assert ours["checkpoints/last.pt"]["data"] == undisturbed["checkpoints/last.pt"]["data"]
+    assert ours["linear_accuracy.json"] == undisturbed["linear_accuracy.json"]
+    for text, words in (
+        ("\n".join(rows[:-1]), "have no label"),
+        ("a,b,c", "row 1 has 3 columns"),
+        ("\n".join(row.replace("down", "across") for row in rows), "fewer than two labels"),
+    ):
+        file.write_text(text)
+        result = run(*tiny, "--data_dir", tmp_path / "data", "--labels", file, "--log_folder", tmp_path / "no")
+        assert (result.code, words in result.err) == (2, True), result.err
+    file.unlink()
+    assert "can't be read" in run(*tiny, "--data_dir", tmp_path / "data", "--labels", file, "--log_folder", tmp_path / "no").err

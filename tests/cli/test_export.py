@@ -1,0 +1,181 @@
+"""The encoder in foreign libraries, and the embeddings of any folder."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from helpers import RUN, edit, fingerprints, run
+from torch import nn
+
+from experiment import Run, build_encoder
+from infra import files
+from infra.device import generator
+from tools import export
+
+
+@pytest.fixture(scope="module")
+def imagenet(tiny, tmp_path_factory):
+    """The folder of a run with the ImageNet stem."""
+    logs = tmp_path_factory.mktemp("imagenet")
+    options = ["--arch", "resnet18-imagenet", "--n_epochs", "0.5", "--input_size", "32", "--n_eval_epochs", "1"]
+    assert run(*tiny, *options, "--log_folder", logs).code == 0
+    return logs / RUN
+
+
+def exported(exp_dir, kind, *more):
+    result = run("export", "--exp_dir", exp_dir, "--format", kind, *more)
+    assert result.code == 0, result.err
+    path = exp_dir / "export" / ("encoder" if more else "backbone")
+    assert {p.name for p in path.parent.iterdir()} >= {path.name + export.EXTENSIONS[kind], path.name + ".json"}
+    return path.with_suffix(export.EXTENSIONS[kind]), json.loads(path.with_suffix(".json").read_text())
+
+
+def outputs(exp_dir, x):
+    """What the run's own encoder makes of x: of the backbone, and h."""
+    encoder = build_encoder(Run(exp_dir).read_hparams(), Run(exp_dir).newest_checkpoint()).eval()
+    with torch.no_grad():
+        return encoder.backbone(x), encoder(x)[0]
+
+
+def head():
+    return nn.Sequential(nn.Linear(512, 8), nn.BatchNorm1d(8), nn.ReLU())
+
+
+def same(module, x, expected):
+    """To 1e-5 of the greatest: the running statistics of so few steps leave features of some thousands."""
+    with torch.no_grad():
+        torch.testing.assert_close(module.eval()(x), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+X = 2 * torch.rand(5, 3, 32, 32, generator=generator(0, "x")) - 1
+
+
+def test_torchvision_loads_it_strictly(imagenet):
+    features, h = outputs(imagenet, X)
+    for more, fc, expected in (((), nn.Identity(), features), (("--head",), head(), h)):
+        model = torchvision.models.resnet18()
+        model.fc = fc
+        model.load_state_dict(torch.load(exported(imagenet, "torchvision", *more)[0], weights_only=True), strict=True)
+        same(model, X, expected)
+
+
+def test_timm_loads_it_strictly(imagenet):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet18", num_classes=0)
+    model.load_state_dict(torch.load(exported(imagenet, "torchvision")[0], weights_only=True), strict=True)
+    same(model, X, outputs(imagenet, X)[0])
+
+
+def test_a_backbone_for_small_images(finished, tmp_path):
+    """resnet18-tiny: another stem and two stages."""
+    exp_dir = shutil.copytree(finished, tmp_path / "run")
+    model = torchvision.models.resnet18()
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = model.layer3 = model.layer4 = model.fc = nn.Identity()
+    model.load_state_dict(torch.load(exported(exp_dir, "torchvision")[0], weights_only=True), strict=True)
+    same(model, X, outputs(exp_dir, X)[0])
+
+
+def test_safetensors(imagenet):
+    safetensors = pytest.importorskip("safetensors")
+    path, description = exported(imagenet, "safetensors", "--head")
+    with safetensors.safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        assert json.loads(file.metadata()["description"]) == description
+    expected = torch.load(exported(imagenet, "torchvision", "--head")[0], weights_only=True)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+@pytest.mark.parametrize("run_folder", ["imagenet", "finished"])
+def test_onnxruntime_agrees(request, tmp_path, run_folder):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    exp_dir = shutil.copytree(request.getfixturevalue(run_folder), tmp_path / "run")
+    shutil.rmtree(exp_dir / "export", ignore_errors=True)  # of another test
+    size = Run(exp_dir).read_hparams().input_size or 16
+    x = X[..., :size, :size].contiguous()
+    for more, expected in zip(((), ("--head",)), outputs(exp_dir, x), strict=True):
+        path, description = exported(exp_dir, "onnx", *more)
+        session = onnxruntime.InferenceSession(path)
+        for n in (1, 5):
+            (ours,) = session.run(["features"], {"images": x[:n].numpy()})
+            np.testing.assert_allclose(ours, expected[:n], rtol=0, atol=1e-4 * max(1, expected.abs().max()))
+        assert (description["input_size"], description["dim"]) == (size, ours.shape[1])
+    assert {p.suffix for p in (exp_dir / "export").iterdir()} == {".onnx", ".json"}  # no weights beside it
+
+
+def test_the_description_prepares_an_image_as_the_program_does(finished, images, tmp_path):
+    """Resize and cut by hand, normalise as it says, average over the grid: the embedding that the run has cached."""
+    exp_dir = shutil.copytree(finished, tmp_path / "run")
+    _, description = exported(exp_dir, "torchvision", "--head")
+    assert description["class_names"] == ["across", "down"]
+    assert (description["image_size"], description["input_size"], description["views"]) == (16, 16, {"kind": "grid", "n": 1})
+    pixels = torchvision.io.read_image(next(iter(sorted((images / "test" / "across").iterdir()))))
+    patch = torchvision.transforms.functional.resize(pixels[:, 4:12, 4:12].float() / 255, [16, 16])  # one view: the middle
+    x = torchvision.transforms.functional.normalize(patch, **description["normalisation"])
+    cached = files.load(exp_dir / "artifacts" / "test.pt")["embeddings"][:1]
+    torch.testing.assert_close(outputs(exp_dir, x[None])[1], cached, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "module"), [("safetensors", "safetensors"), ("onnx", "onnx"), ("onnx", "onnxscript")])
+def test_a_missing_package_is_named(finished, monkeypatch, kind, module):
+    before = fingerprints(finished)
+    monkeypatch.setitem(sys.modules, module, None)
+    result = run("export", "--exp_dir", finished, "--format", kind)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"pip install {' '.join(export.PACKAGES[kind])}" in result.err
+    assert fingerprints(finished) == before
+
+
+def test_embeddings_of_a_folder_are_those_of_the_run(finished, images, tmp_path):
+    out = tmp_path / "test.npz"
+    result = run("embed", "--exp_dir", finished, "--images", images / "test", "--out", out, "--device", "cpu")
+    assert result.code == 0, result.err
+    with np.load(out) as content:  # no pickle
+        embeddings, paths = content["embeddings"], content["paths"]
+    assert paths.tolist() == [f"{name}/{i}.png" for name in ("across", "down") for i in range(5)]
+    assert embeddings.dtype == np.float32
+    cached = files.load(finished / "artifacts" / "test.pt")["embeddings"]
+    np.testing.assert_allclose(embeddings, cached, rtol=1e-5, atol=1e-6)
+
+
+def test_embed_leaves_out_what_it_cannot_read(finished, images, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(200):
+        shutil.copy(images / "test" / "down" / "0.png", folder / f"{i:03}.png")
+    (folder / "007.png").write_bytes(b"no image")
+    result = run("embed", "--exp_dir", finished, "--images", folder, "--out", tmp_path / "x.npz")
+    assert result.code == 0 and "007.png" in result.err
+    with np.load(tmp_path / "x.npz") as content:
+        assert content["embeddings"].shape == (199, 8) and "007.png" not in content["paths"]
+
+
+def test_an_encoder_on_the_way_says_so(finished, tmp_path):
+    exp_dir = shutil.copytree(finished, tmp_path / "run")
+    edit(exp_dir, n_epochs=3)
+    assert "Training is at epoch 2 step 0, not at its end" in run("export", "--exp_dir", exp_dir, "--format", "torchvision").out
+
+
+def test_wrong_use(finished, images, tmp_path):
+    ours = ["--exp_dir", finished, "--images", images, "--out"]
+    (tmp_path / "empty").mkdir()
+    no_run = ["--exp_dir", tmp_path, "--images", images, "--out", tmp_path / "x.npz"]
+    for argv, words in (
+        (["embed", *ours, tmp_path / "x.csv"], ".npz"),
+        (["embed", *ours, tmp_path / "nowhere" / "x.npz"], "nowhere"),
+        (["embed", *ours, tmp_path / "x.npz", "--images", tmp_path / "empty"], "no images"),
+        (["embed", *ours, tmp_path / "x.npz", "--images", tmp_path / "nowhere"], "not a folder"),
+        (["embed", *ours, tmp_path / "x.npz", "--device", "cuda"], "cuda"),
+        (["embed", *no_run], "not a run folder"),
+        (["export", "--exp_dir", tmp_path, "--format", "onnx"], "not a run folder"),
+        (["export", "--exp_dir", finished, "--format", "keras"], "keras"),
+    ):
+        result = run(*argv)
+        assert (result.code, result.err.count("\n")) == (2, 1) and words in result.err, (argv, result.err)
+    assert not (tmp_path / "x.npz").exists()

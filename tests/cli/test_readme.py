@@ -1,0 +1,125 @@
+import io
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+import yaml
+from helpers import ROOT, RUN, run, write_images
+
+import data
+from benchmarks import readme
+from infra.device import generator
+from patches import sample_patches
+from tools import export
+
+TEXT = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs" / "results.md").read_text()
+SHELL = [line.split("   #")[0].split("     #")[0].strip() for block in re.findall(r"```shell\n(.*?)```", TEXT, re.S)
+         for line in block.splitlines()] + re.findall(r"`((?:python|make|torchrun|tensorboard) [^`]+)`", TEXT)  # fmt: skip
+EXP_DIR = "logs/EMP-SSL-Training/default__numpatch20_bs100_lr0.3"
+QUICK = [line for line in SHELL if re.match(r"python main\.py (?!train)", line)]  # each takes some seconds on a small run
+
+
+def test_options_and_figures_are_those_of_the_declaration_and_the_results():
+    for text in (TEXT, RESULTS):
+        assert readme.render(text) == text
+
+
+def options_of(program):
+    """The options of a program of the README; of main.py with its command."""
+    words = program.split()
+    if words[0] == "main.py":
+        return set(re.findall(r"--[\w-]+", run(words[1], "--help").out))
+    source = (ROOT / f"{words[1].replace('.', '/')}.py").read_text() + (ROOT / "benchmarks" / "common.py").read_text()
+    return set(re.findall(r"--[\w-]+", source))
+
+
+@pytest.mark.parametrize("line", sorted(set(SHELL)))
+def test_every_command_and_option_exists(line):
+    """Those of the tools that it calls, and the files that it names."""
+    if line.startswith("make "):
+        assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.M)
+    elif line.startswith(("git clone", "python -m venv", "tensorboard --logdir logs")):
+        pass
+    elif line.startswith("pip install "):
+        names = line.removeprefix("pip install ").split()
+        requirements = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-extra.txt").read_text()
+        assert all((ROOT / name).exists() or name == "-r" or re.search(f"^{name}\\b", requirements, re.M) for name in names)
+    else:
+        program = re.match(r"(?:python|torchrun .*?) ((?:main\.py \w+)|(?:-m benchmarks\.\w+))", line)
+        assert program, line
+        assert set(re.findall(r"--[\w-]+", line[program.start(1) :])) <= options_of(program[1]) | {"--debug"}
+
+
+def test_the_commands_that_take_seconds_run_as_they_stand(finished, tmp_path, monkeypatch):
+    """In a folder that has the run which they name, and images in DIR; cleanup asks and gets no answer."""
+    for module in ("matplotlib", "sklearn", "onnxscript", "safetensors"):
+        pytest.importorskip(module)
+    exp_dir = tmp_path / EXP_DIR
+    shutil.copytree(finished, exp_dir)
+    write_images(tmp_path / "DIR", 3, 0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert {line.split()[2] for line in QUICK} == {"resume", "cleanup", "report", "compare", "export", "embed"}
+    for line in QUICK:
+        result = run(*line.split()[2:])
+        assert result.code == 0, (line, result.err)
+    made = {path.name for path in exp_dir.rglob("*")} | {path.name for path in tmp_path.iterdir()}
+    assert made >= {"report.html", "backbone.pt", "encoder.safetensors", "encoder.onnx", "embeddings.npz"}
+
+
+def test_the_shortest_run_from_the_shell(tmp_path):
+    """A line of the README's, as a new user types it, on a data set that needs no download; in a folder of its own."""
+    line = "main.py train --n_patches 20"
+    assert f"python {line}" in SHELL
+    small = "--dataset textures --n_images 50 --bs 25 --n_epochs 1 --arch resnet18-tiny --h_dim 8 --test_patches 1"
+    command = [sys.executable, ROOT / line.split()[0], *line.split()[1:], *small.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "logs" / "EMP-SSL-Training" / "default__numpatch20_bs25_lr0.3" / "linear_accuracy.json").exists()
+
+
+def test_the_encoder_in_python_as_the_readme_has_it(tiny, tmp_path, monkeypatch):
+    """At most ten lines, run as they stand; the features are those of the run's own encoder."""
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "export/backbone.pt" in block)
+    assert len(code.splitlines()) <= 10
+    assert run(*tiny, "--arch", "resnet18-cifar", "--n_epochs", "0", "--log_folder", tmp_path).code == 0
+    assert run("export", "--exp_dir", tmp_path / RUN, "--format", "torchvision").code == 0
+    write_images(tmp_path / "down", 1, 0)
+    shutil.copy(tmp_path / "down" / "0.png", tmp_path / RUN / "photo.png")
+    monkeypatch.chdir(tmp_path / RUN)
+    scope = {}
+    exec(code, scope)
+    _, _, encoder = export.load_encoder(tmp_path / RUN)
+    image = torchvision.io.read_image("photo.png")
+    x = torch.nn.functional.interpolate(image[None] / 255, size=(32, 32), mode="bilinear", antialias=True)
+    torch.testing.assert_close(scope["features"], encoder.eval().backbone(2 * x - 1), rtol=1e-3, atol=1e-3)
+
+
+def test_links_and_pictures_are_there():
+    titles = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", TEXT, re.M)}
+    assert set(re.findall(r"\]\(#([^)]*)\)", TEXT)) <= titles
+    pictures = re.findall(r"!\[[^\]]{20,}\]\(([^)]*)\)", TEXT)
+    assert len(pictures) == 3 and all((ROOT / path).stat().st_size < 100_000 for path in pictures)
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]["title"].startswith("EMP-SSL")
+
+
+def test_the_readmes_own_data_set_loads(tmp_path, monkeypatch):
+    """The function in the README, as it stands there, in data.py."""
+    code = re.search(r"```python\n(import numpy as np\n\ndef load_npz.*?)```", TEXT, re.S)[1]
+    scope = dict(vars(data))
+    exec(code, scope)
+    images = np.random.default_rng(0).integers(0, 256, (5, 12, 10, 3), dtype=np.uint8)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.array([0, 1, 1, 0, 1]), class_names=["cat", "dog"])
+    monkeypatch.setitem(data.DATASETS, "npz", scope["load_npz"])  # the line that registers it
+    loaded = data.load_images("npz", tmp_path, False)
+    assert loaded.images.shape == (5, 3, 12, 10)
+    assert torch.equal(loaded.images.permute(0, 2, 3, 1), torch.from_numpy(images))
+    assert (loaded.labels.tolist(), loaded.class_names) == ([0, 1, 1, 0, 1], ["cat", "dog"])
+    x = sample_patches(loaded.images, 3, generator(0, "t"), 16)
+    assert x.shape == (3, 5, 3, 16, 16)

@@ -1,0 +1,120 @@
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from helpers import changed_files, edit, fingerprints, run, write_images
+
+from infra import files
+from tools import report
+
+
+class Page(HTMLParser):
+    """The text, pictures and unclosed elements of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text, self.images, self.open = "", [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "img":
+            self.images.append(dict(attributes))
+        elif tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.text += text + "\n"
+
+
+def page_of(exp_dir):
+    result = run("report", "--exp_dir", exp_dir)
+    assert result.code == 0, result.err
+    text = (exp_dir / "report.html").read_text()
+    page = Page(text)
+    assert page.open == [] and len(text) < 3e6
+    assert all(image["alt"] and image["src"].startswith("data:image/") for image in page.images)
+    assert not re.search(r"https?://(?!www\.w3\.org|purl\.org|creativecommons\.org|matplotlib\.org)", text)  # of itself alone
+    return page, result
+
+
+def test_a_finished_run(copy):
+    before = fingerprints(copy)
+    page, result = page_of(copy)
+    assert changed_files(copy, before) == {"report.html"}
+    accuracy = files.read_json(copy / "linear_accuracy.json")
+    assert f"{accuracy['top1']:.2f}%" in page.text and f"{accuracy['knn_top1']:.2f}%" in page.text
+    titles = ["Curves", "Patches", "Map of the embeddings", "Confusions", "Nearest neighbours", "Seconds per stage", "Settings",
+              "Environment"]  # fmt: skip
+    assert [line for line in page.text.splitlines() if line in titles] == titles
+    alts = " ".join(image["alt"] for image in page.images)
+    for words in ("invariance loss", "linear probe, %", "t-SNE", "confusion matrix", "seconds per stage: training", "a row each"):
+        assert words in alts
+    for text in (page.text, result.out):
+        assert "main.py train --dataset folder" in text and torch.__version__ in text
+    assert sum("neighbour: " in image["alt"] for image in page.images) == 10 * 8
+
+
+def test_neighbours_are_the_nearest_training_images(copy):
+    """Against a search by hand: the marks are those of the classes of the eight greatest cosines."""
+    content = files.load(copy / "artifacts" / "train.pt")
+    content["embeddings"] = torch.rand(24, 8, generator=torch.Generator().manual_seed(0))  # of whatever class
+    files.save(copy / "artifacts" / "train.pt", content)
+    page, _ = page_of(copy)
+    train, test = (files.load(copy / "artifacts" / f"{split}.pt") for split in ("train", "test"))
+    thumbs = [image for image in page.images if "thumb" in image.get("class", "") and "taken for" not in image["alt"]]
+    names, near = ["across", "down"], []
+    for x, y in zip(test["embeddings"], test["labels"], strict=True):
+        cosine = torch.stack([torch.dot(x, other) / x.norm() / other.norm() for other in train["embeddings"]])
+        labels = train["labels"][cosine.sort(descending=True).indices[:8]]
+        near.append([(f"neighbour: {names[i]}", "right" if i == y else "wrong") for i in labels.tolist()])
+    lines = [thumbs[9 * i : 9 * i + 9] for i in range(10)]
+    assert [[(image["alt"], image["class"].split()[1]) for image in line[1:]] for line in lines] == near
+    assert [line[0]["alt"] for line in lines] == [names[i] for i in test["labels"].tolist()]
+
+
+def test_confusions():
+    truth, predicted = torch.tensor([0, 0, 1, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 1, 0, 0, 2])
+    matrix = report.confusion_matrix(truth, predicted, 3)
+    assert matrix.tolist() == [[1, 1, 0], [0, 2, 0], [2, 0, 1]]
+    text = [pair["text"] for pair in report.confused_pairs(matrix, truth, predicted, ["a", "b", "c"], None)]
+    assert text[0] == "c, taken for a: 2 of 3" and "a, taken for b: 1 of 2" in text and not any("b, taken" in t for t in text)
+
+
+def test_results_of_other_settings_are_not_shown(copy):
+    edit(copy, n_eval_epochs=5)
+    page, _ = page_of(copy)
+    assert "edited since it finished (n_eval_epochs)" in page.text
+    assert "top-1" not in page.text and "confusion" not in " ".join(image["alt"] for image in page.images)
+    assert "Curves" in page.text and "Settings" in page.text
+
+
+def test_a_run_without_its_images(copy, tmp_path):
+    edit(copy, data_dir=tmp_path / "gone")
+    page, result = page_of(copy)
+    assert str(tmp_path / "gone") in page.text and "no pictures of images" in result.err
+    assert "Confusions" in page.text and not any("neighbour" in image["alt"] for image in page.images)
+
+
+def test_images_without_labels_and_a_name_that_is_html(tiny, tmp_path):
+    write_images(tmp_path / "heap", 6, 1)
+    name = "<b>&me"
+    assert run(*tiny, "--data_dir", tmp_path / "heap", "--exp_name", name, "--log_folder", tmp_path / "logs").code == 0
+    (exp_dir,) = (tmp_path / "logs").iterdir()
+    page, _ = page_of(exp_dir)
+    assert exp_dir.name.startswith(name) and name in page.text
+    assert "no labels" in page.text and "Confusions" not in page.text
+    thumbs = [image["src"] for image in page.images if "thumb" in image.get("class", "")]
+    lines = [thumbs[6 * i : 6 * i + 6] for i in range(6)]
+    assert len(thumbs) == 36 and all(len(set(line)) == 6 for line in lines)  # itself and the five others
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "sklearn"])
+def test_without_the_packages_it_names_them(finished, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    result = run("report", "--exp_dir", finished)
+    assert (result.code, result.err.count("\n")) == (2, 1) and "pip install matplotlib scikit-learn" in result.err

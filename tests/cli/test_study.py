@@ -1,0 +1,96 @@
+"""The studies: rows that are run once, and the tables that are made of them."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers import ROOT
+
+import main
+import train
+from benchmarks import study, tables
+
+
+@pytest.fixture
+def options(images, tmp_path, monkeypatch):
+    tiny = "--image_size 16 --arch resnet18-tiny --h_dim 8 --z_dim 4 --n_patches 2 --bs 4 --n_epochs 1 --n_eval_epochs 3"
+    monkeypatch.setitem(study.GROUPS, "findings-small", study.Group(tiny, "reproduction", "small"))
+    data = {"dataset": "folder", "data_dir": str(images)}
+    return SimpleNamespace(seeds=2, out=tmp_path / "out", log_folder=str(tmp_path / "logs"), **data)
+
+
+def hparams(argv):
+    return main.hyperparameters(main.parse(argv))
+
+
+@pytest.mark.parametrize("group", study.GROUPS)
+def test_each_row_is_a_command_that_the_program_takes(group):
+    options = SimpleNamespace(log_folder=None, dataset="cifar10", data_dir="./datasets")
+    base = hparams(["train", *study.GROUPS[group].base.split()])
+    for row in study.rows_of(group):
+        hp = hparams(study.command(row, 42, options))
+        changed = set(base.differences(hp)) - {"seed"}
+        text = row.options.replace("no-batch_norm", "batch_norm") + " "
+        names = {name for name in vars(hp) if f"--{name} " in text}
+        assert changed == names or group == "views", row.name  # a row says nothing that the base says already
+        if "the patches" in row.name or "images" in row.name:  # said to cost as much as the base
+            assert hp.n_images * hp.n_patches * hp.n_epochs == 40000, row.name
+
+
+def test_rows_are_run_once_and_a_failed_one_is_told(options, monkeypatch):
+    base = study.Row("base", "the base", "89.25 (document)", "", 2, "findings-small")
+    untrained = study.Row("untrained", "untrained", "", "--n_epochs 0", 2, "findings-small")
+    rows = [base, untrained, study.Row("broken", "diverges", "", "--optimizer sgd --lr 1e6", 2, "findings-small")]
+    options.out.mkdir()
+    for row in rows:
+        study.run(row, options)
+    path = options.out / "reproduction.json"
+    text = path.read_text()
+    results = json.loads(text)["small"]
+    for name in ("base", "untrained"):
+        folders = [next(Path(options.log_folder).glob(f"{name}-{seed}__*")) for seed in (42, 43)]
+        accuracies = [json.loads((folder / "linear_accuracy.json").read_text()) for folder in folders]
+        assert [entry["top1"] for entry in results[name]["runs"]] == [accuracy["top1"] for accuracy in accuracies]
+    assert [list(entry["losses"][0]) for entry in results["base"]["runs"]] == [["mean", "last"]] * 2
+    assert results["untrained"]["runs"][0]["losses"] == []
+    assert "not finite" in results["broken"]["runs"][0]["failed"] or "is nan" in results["broken"]["runs"][0]["failed"]
+
+    monkeypatch.setattr(train, "train_epoch", lambda *args: pytest.fail("trained again"))
+    for row in (base, untrained):
+        study.run(row, options)
+    assert path.read_text() == text
+
+    monkeypatch.setattr(study, "ROWS", [*rows, base._replace(name="later", title="not run")])
+    table = tables.findings("findings-small", options.out)
+    top1 = [entry["top1"] for entry in results["base"]["runs"]]
+    assert f"| the base |  | 89.25 (document) | {sum(top1) / 2:.1f}% ({min(top1):.1f} to {max(top1):.1f})" in table
+    assert re.search(r"^\| diverges \| `--optimizer sgd --lr 1e6` \|  \| epoch 0 step \d+: .* \|  \|  \|$", table, re.M)
+    assert "| not run |  | 89.25 (document) | not yet measured |  |  |" in table
+
+
+def test_the_mean_of_an_epoch_is_over_its_steps(finished):
+    """Lines of metrics.jsonl stand for 4 and 2 of the 6 steps of an epoch."""
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    losses = study.read_run(finished)["losses"]
+    assert len(losses) == 2
+    for epoch, values in enumerate(losses):
+        first, last = (lines[2 * epoch + i] for i in (0, 1))
+        for i, name in enumerate(("loss_sim", "loss_uniformity")):
+            assert values["mean"][i] == pytest.approx((4 * first[name] + 2 * last[name]) / 6)
+            assert values["last"][i] == last[name]
+
+
+def test_a_stopped_study_leaves_with_the_code(options, monkeypatch):
+    monkeypatch.setattr(main, "main", lambda argv: 143)
+    with pytest.raises(SystemExit, match="143"):
+        study.run(study.Row("base", "the base", "", "", 1, "findings-small"), options)
+    assert not options.out.exists()
+
+
+def test_no_figure_lies_in_a_row_that_is_not_measured():
+    """What the recorded results hold is a row of a study, or, if it changed the program, says so."""
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "one-minute.json").read_text())["tries"]
+    for name, entry in recorded.items():
+        assert entry["changed"] or study.TRIES[name] == entry["options"], name

@@ -1,0 +1,110 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import baseline
+from loss import UNIFORMITY, emp_ssl_loss, invariance_loss, tcr_loss, vonmises_loss
+
+SHAPES = [(4, 6, 20), (3, 24, 8), (5, 10, 10), (2, 2, 3)]  # (P, B, d): d above B, below, equal, tiny
+
+
+def plain_tcr(z, eps):
+    """The formula as it is written: one d x d determinant per patch."""
+    _, B, d = z.shape
+    return -torch.stack([0.5 * torch.logdet(torch.eye(d, dtype=z.dtype) + d / (B * eps) * Z.T @ Z) for Z in z]).mean()
+
+
+def plain_invariance(z):
+    mean = z.mean(0)
+    return -torch.stack([F.cosine_similarity(patches, mean, dim=1).mean() for patches in z]).mean()
+
+
+def plain_vonmises(z):
+    mean = z.mean(0)
+    pairs = [(mean[i] - mean[j]).square().sum() for i in range(len(mean)) for j in range(i)]
+    return torch.stack([torch.exp(-2 * pair) for pair in pairs]).mean().log()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("ours", "plain"),
+    [
+        (tcr_loss, lambda z: plain_tcr(z, 0.2)),
+        (lambda z: tcr_loss(z, eps=0.05), lambda z: plain_tcr(z, 0.05)),
+        (invariance_loss, plain_invariance),
+        (vonmises_loss, plain_vonmises),
+        (baseline.tcr_loss, lambda z: plain_tcr(z, 0.2)),
+        (baseline.invariance_loss, plain_invariance),
+        (baseline.vonmises_loss, plain_vonmises),
+    ],
+    ids=["tcr", "tcr eps .05", "invariance", "vonmises", "baseline tcr", "baseline invariance", "baseline vonmises"],
+)
+def test_equals_the_plain_formula_in_float64(ours, plain, shape):
+    y = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y += 2 * y[:1]  # patches of one image resemble each other
+    values, gradients = [], []
+    for function, dtype in ((ours, torch.float32), (plain, torch.float64)):
+        leaf = y.to(dtype).requires_grad_()
+        value = function(F.normalize(leaf, dim=-1))
+        value.backward()
+        values.append(value.item())
+        gradients.append(leaf.grad.double())
+    assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-7)
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("loss", [tcr_loss, vonmises_loss])
+def test_collapsed_is_worse_than_spread(loss):
+    spread = F.normalize(torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    collapsed = spread[:, :1].expand_as(spread)
+    half = torch.cat([spread[:, :8], spread[:, :8]], 1)  # two images share each place
+    assert loss(collapsed) > loss(half) + 1e-3 > loss(spread) + 2e-3
+
+
+def test_invariance_is_best_where_the_patches_of_an_image_agree():
+    z = F.normalize(torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    assert invariance_loss(z[:1].expand_as(z)).item() == pytest.approx(-1)
+    assert invariance_loss(z) > -0.7
+
+
+@pytest.mark.parametrize(("name", "plain"), [("tcr", lambda z: plain_tcr(z, 0.05)), ("vonmises", plain_vonmises)])
+def test_the_loss_is_the_weighted_sum_of_its_terms(name, plain):
+    """And with bags, patches 0 and 1 of an image count as patches of two images, and so do 2 and 3."""
+    z = F.normalize(torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1)
+    assert set(UNIFORMITY) == {"tcr", "vonmises"}
+    options = {"eps": 0.05} if name == "tcr" else {}
+    for bags, dealt in ((1, z), (2, torch.stack([torch.cat([z[0], z[1]]), torch.cat([z[2], z[3]])]))):
+        total, invariance, uniformity = emp_ssl_loss(z, name, invariance_weight=3, uniformity_weight=0.5, bags=bags, **options)
+        torch.testing.assert_close(invariance, plain_invariance(dealt))
+        torch.testing.assert_close(uniformity, plain(dealt))
+        torch.testing.assert_close(total, 3 * plain_invariance(dealt) + 0.5 * plain(dealt))
+
+
+def test_known_values():
+    z = torch.eye(4)[None]  # four orthogonal images of one patch: the matrix is (1 + 1/eps) I
+    assert tcr_loss(z, eps=0.5).item() == pytest.approx(-0.5 * 4 * math.log(3), rel=1e-6)
+    assert vonmises_loss(z).item() == pytest.approx(-4, rel=1e-6)  # each squared distance is 2
+
+
+def test_float32_inside_autocast():
+    z = F.normalize(torch.randn(4, 8, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = tcr_loss(z), vonmises_loss(z), invariance_loss(z)
+    assert all(value.dtype == torch.float32 for value in inside)
+    assert inside == (tcr_loss(z), vonmises_loss(z), invariance_loss(z))
+
+
+@pytest.mark.parametrize("loss", [tcr_loss, vonmises_loss, invariance_loss])
+def test_nan_is_not_hidden_and_wrong_shapes_are_refused(loss):
+    z = F.normalize(torch.randn(2, 4, 8), dim=-1)
+    z[1, 2, 3] = math.nan
+    assert not loss(z).isfinite()
+    with pytest.raises(ValueError, match="patches, images"):
+        loss(z[0])
+
+
+def test_vonmises_needs_two_images():
+    with pytest.raises(ValueError, match="at least 2"):
+        vonmises_loss(torch.ones(3, 1, 4))

@@ -1,0 +1,45 @@
+"""Remove the older epoch checkpoints of every experiment in a folder."""
+
+from pathlib import Path
+
+from experiment import Run
+from infra.console import log
+from infra.errors import UsageError
+
+
+def add_commands(commands):
+    """Add the command cleanup."""
+    parser = commands.add_parser("cleanup", help="remove old checkpoints", description=(
+        "Remove the older epoch checkpoints of every experiment in a folder; the newest always stays."))  # fmt: skip
+    parser.add_argument("--log_folder", required=True, type=Path, help="folder of run folders")
+    parser.add_argument("--keep", required=True, type=int, metavar="N", help="epoch checkpoints to keep of each, at least 1")
+    parser.add_argument("-y", dest="yes", action="store_true", help="do not ask")
+    parser.set_defaults(command=cleanup_command)
+
+
+def cleanup_command(args):
+    """List the old epoch checkpoints and, after a question, remove them."""
+    if args.keep < 1:
+        raise UsageError(f"keep must be at least 1, not {args.keep}")
+    if not args.log_folder.is_dir():
+        raise UsageError(f"log_folder {args.log_folder} is not a folder")
+    runs = [run for run in map(Run, sorted(args.log_folder.iterdir())) if run.hparams_yaml.exists()]
+    old = [path for run in runs for path in run.epoch_checkpoints()[: -args.keep]]
+    size = sum(path.stat().st_size for path in old)
+    for path in old:
+        log.info(path)
+    log.info(f"{len(old)} old checkpoints in {len(runs)} experiments, {size / 1e6:,.1f} MB")
+    if old and (args.yes or confirmed("Remove them? [y/N] ")):
+        for path in old:
+            path.unlink()
+        log.info(f"Freed {size / 1e6:,.1f} MB")
+    else:
+        log.info("Nothing removed")
+
+
+def confirmed(question):
+    """Ask on the terminal; an end of the input means no."""
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False

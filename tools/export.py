@@ -1,0 +1,153 @@
+"""Take the encoder away: weights with torchvision's names, safetensors, an ONNX graph, or embeddings of any folder."""
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import SUFFIXES, find_images, read_images
+from evaluate import encode_images
+from experiment import Run, build_encoder, check_changes, is_trained, position
+from infra import files
+from infra.console import log
+from infra.device import pick_device, pick_precision
+from infra.distributed import local_device, on_main_process, process_group
+from infra.errors import RunError, UsageError
+from model import BACKBONES, fold_batch_norm
+
+PACKAGES = {"torchvision": (), "safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript")}
+EXTENSIONS = {"torchvision": ".pt", "safetensors": ".safetensors", "onnx": ".onnx"}
+
+
+def add_commands(commands):
+    """Add the commands export and embed."""
+    parser = commands.add_parser("export", help="write the encoder for torchvision, safetensors or ONNX", description=(
+        "Write the encoder into the run folder's export/, and beside it what one must know to use it."))  # fmt: skip
+    parser.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
+    parser.add_argument("--format", required=True, choices=tuple(EXTENSIONS), help="torchvision: a state dict")
+    parser.add_argument("--head", action="store_true", help="with the feature layer, whose output the probe sees")
+    parser.set_defaults(command=export_command)
+
+    parser = commands.add_parser("embed", help="the embeddings of any folder of images", description=(
+        "Encode all images below a folder, by the views of the run, and write their embeddings and paths into an .npz file."))
+    parser.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
+    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="folder of images, any tree")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz", help="embeddings (N, d) and paths (N,)")
+    parser.add_argument("--device", default="auto", help="auto (cuda, mps or cpu), cpu, mps, cuda or cuda:N")
+    parser.set_defaults(command=embed_command)
+
+
+def load_encoder(exp_dir):
+    """Return (Hparams, checkpoint, encoder) of a run folder. Raises UsageError if it has no checkpoint."""
+    run = Run(exp_dir)
+    hp, checkpoint = run.read_hparams(), run.newest_checkpoint()
+    if not checkpoint:
+        raise UsageError(f"{exp_dir} has no checkpoint: there is no encoder yet")
+    check_changes(hp, checkpoint)
+    if not is_trained(hp, checkpoint):
+        epoch, step = position(checkpoint)
+        log.info(f"* Training is at epoch {epoch} step {step}, not at its end")
+    return hp, checkpoint, build_encoder(hp, checkpoint)
+
+
+def export_command(args):
+    """Write the encoder into the run folder's export/."""
+    missing = [name for name in PACKAGES[args.format] if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " ".join(PACKAGES[args.format])
+        raise UsageError(f"--format {args.format} needs {names}: pip install {names}")
+    hp, checkpoint, encoder = load_encoder(args.exp_dir)
+    description = describe(hp, checkpoint, args.head)
+    for path in write(args.format, network(encoder, args.head), description, Run(args.exp_dir).export):
+        log.info(f"* Wrote {path}")
+
+
+def network(encoder, head):
+    """Return a copy of the backbone as a torchvision resnet, float32 on the CPU: (N, 3, S, S) -> (N, dim).
+
+    head: its last layer, fc, is the feature layer, nn.Sequential(Linear, BatchNorm1d, activation), so dim is h_dim; else fc
+    is the identity.
+    """
+    encoder = copy.deepcopy(encoder).cpu()
+    encoder.backbone.fc = encoder.features if head else nn.Identity()
+    return encoder.backbone
+
+
+def describe(hp, checkpoint, head):
+    """Return what one must know to use the network, as a dict of plain values."""
+    image_size = hp.image_size if hp.dataset == "folder" else 32
+    epoch, step = position(checkpoint)
+    return {
+        "arch": hp.arch,
+        "head": {"h_dim": hp.h_dim, "batch_norm": hp.batch_norm, "activation": hp.activation} if head else None,
+        "dim": hp.h_dim if head else BACKBONES[hp.arch][1],
+        "input_size": hp.input_size or image_size,
+        "image_size": image_size,
+        "normalisation": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},  # of pixels in [0, 1]: the network sees [-1, 1]
+        "patches": "half as wide as the image, resized to input_size",
+        "views": {"kind": hp.eval_views, "n": hp.test_views.count},
+        "class_names": checkpoint["data"]["class_names"],
+        "epoch": epoch,
+        "step": step,
+    }
+
+
+def write(kind, module, description, folder):
+    """Write the network in a format, and its description beside it, atomically. Return the two paths."""
+    folder.mkdir(exist_ok=True)
+    path = (folder / ("encoder" if description["head"] else "backbone")).with_suffix(EXTENSIONS[kind])
+    weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    with files.atomic_write(path) as file:
+        if kind == "torchvision":
+            torch.save(weights, file)
+        elif kind == "safetensors":
+            import safetensors.torch
+
+            file.write(safetensors.torch.save(weights, {"format": "pt", "description": json.dumps(description)}))
+        else:
+            file.write(onnx_graph(module, description["input_size"]))
+    files.write_json(path.with_suffix(".json"), description)
+    return path, path.with_suffix(".json")
+
+
+def onnx_graph(module, size):
+    """Return the bytes of an ONNX file: images float32 (N, 3, size, size) -> features (N, dim), for any N."""
+    program = torch.onnx.export(
+        fold_batch_norm(module).to(memory_format=torch.contiguous_format), (torch.zeros(2, 3, size, size),), dynamo=True,
+        input_names=["images"], output_names=["features"], dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False,
+    )  # fmt: skip
+    return program.model_proto.SerializeToString()
+
+
+def embed_command(args):
+    """Write embeddings float32 (N, d) and paths (N,), relative to the folder, of all images that can be read."""
+    if args.out.suffix != ".npz" or not args.out.parent.is_dir():
+        raise UsageError(f"out {args.out} must be a file NAME.npz in a folder that exists")
+    if not args.images.is_dir():
+        raise UsageError(f"images {args.images} is not a folder")
+    paths = find_images(args.images)
+    if not paths:
+        raise UsageError(f"no images in {args.images} (looked for {' '.join(sorted(SUFFIXES))} in all its folders)")
+    device = pick_device(local_device(args.device))
+    hp, _, encoder = load_encoder(args.exp_dir)
+    with process_group(device):
+        images, readable = read_images(paths, args.images, hp.image_size)
+        log.info(f"* Images: {len(images)} of {len(paths)}, device: {device}")
+        encoder = encoder.to(device, memory_format=torch.channels_last)
+        embeddings = encode_images(hp, encoder, images, "embed", pick_precision(hp.precision, device) == "bf16")["embeddings"]
+    if not embeddings.isfinite().all():
+        raise RunError("embeddings are not finite: set precision: fp32 in hparams.yaml of a new run")
+    names = [str(paths[i].relative_to(args.images)) for i in readable]
+    write_npz(args.out, embeddings=embeddings.numpy(), paths=np.array(names))
+    log.info(f"* Wrote {args.out}: embeddings {tuple(embeddings.shape)}, paths ({len(names)},)")
+
+
+@on_main_process
+def write_npz(path, **arrays):
+    """Write NumPy arrays by name, atomically."""
+    with files.atomic_write(path) as file:
+        np.savez(file, **arrays)

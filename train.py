@@ -1,0 +1,316 @@
+"""Stage 1: train the encoder. train_step is the method; the rest repeats it, shows it and saves it."""
+
+import math
+import shlex
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+from evaluate import quick_knn
+from experiment import STATE, n_steps_in, position
+from infra import distributed, files
+from infra.console import log, log_stage, progress_bar, time_left
+from infra.device import generator, peak_memory, saved_bytes, total_memory
+from infra.errors import RunError, UsageError
+from infra.image_cache import batches, on_device
+from infra.signals import Interrupted, hold_signals
+from lars import LARS
+from loss import emp_ssl_loss
+from patches import sample_patches
+
+STEP_METRICS = ("invariance loss", "uniformity loss", "gradient norm")  # of each step, in this order
+REMEDY = "the last checkpoint is kept: lower lr (or set precision: fp32) in hparams.yaml, then resume"
+
+
+@dataclass
+class TrainState:
+    """Where training stands. The names in STATE are saved; the clocks are this process's own."""
+
+    n_steps: int  # in an epoch
+    step: int = 0  # steps done, over all epochs
+    totals: torch.Tensor = field(default_factory=lambda: torch.zeros(3))  # sums of STEP_METRICS over n_totals steps of this epoch
+    n_totals: int = 0
+    recent: list = field(default_factory=list)  # STEP_METRICS (3,) of each step after those, on the device
+    seconds: float = 0.0  # of training, up to resumed_at
+    peak_memory: int = 0  # bytes
+    resumed_at: float = field(default_factory=time.monotonic)
+    saved_at: float = field(default_factory=time.monotonic)
+    reported_at: float = field(default_factory=time.monotonic)
+    n_timed: int = 0  # steps since reported_at
+
+    def state_dict(self):
+        recent = torch.stack(self.recent).cpu() if self.recent else torch.zeros(0, 3)
+        return {name: getattr(self, name) for name in STATE} | {"recent": recent}
+
+    def load_state_dict(self, content, device):
+        for name in STATE:
+            setattr(self, name, content[name])
+        self.recent = list(content["recent"].to(device))
+
+    def add(self, metrics):
+        """Count a step."""
+        self.recent.append(metrics)
+        self.step += 1
+        self.n_timed += 1
+
+    def clear_totals(self):
+        self.totals, self.n_totals, self.recent = torch.zeros(3), 0, []
+
+    def place(self, epoch):
+        """Return where a line of metrics.jsonl belongs: the epoch, and the steps done in it and in all."""
+        return {"epoch": epoch, "step": self.step - epoch * self.n_steps, "global_step": self.step}
+
+
+def train_step(network, optimizer, images, generator, views, criterion, max_patches=None, bf16=False):
+    """Train on one batch and return STEP_METRICS (3,) on the device; the host never waits for it.
+
+    network: a model.Encoder, possibly wrapped. images: uint8 (B, 3, H, W) on its device; of several processes, this one's
+    shard, while the losses are of the whole batch. generator: a CPU torch.Generator. views: the patches.Views of training.
+    criterion: z (P, B, d) -> (total, invariance, uniformity). max_patches: patches in the network at once, None for all.
+    bf16: run the network under bfloat16 autocast.
+    """
+    first, batch = distributed.shard_offset(len(images))
+    x = sample_patches(images, views.n, generator, views.size or images.shape[-1], first, batch)  # (P, B, 3, S, S)
+    z, backward = project(network, x, max_patches, bf16)  # (P, B, d)
+    total, invariance, uniformity = criterion(distributed.all_gather(z))
+    optimizer.zero_grad()
+    backward(total)
+    grad_norm = torch.nn.utils.get_total_norm(p.grad for p in network.parameters() if p.grad is not None)
+    optimizer.step()
+    return torch.stack([invariance, uniformity, grad_norm]).detach()
+
+
+def project(network, x, max_patches, bf16):
+    """Return (z, backward): z (P, B, d) of the patches x (P, B, 3, S, S), and a function that backpropagates a loss of z.
+
+    With more than max_patches patches, z is computed chunk by chunk without a graph. backward computes the gradient of z and
+    then passes the chunks through the network again, so that the activations of only one chunk are alive. The running
+    statistics of batch norm see each chunk twice.
+    Source: arXiv 2101.06983, section 3.2 (gradient cache).
+    """
+    P, B = x.shape[:2]
+    chunks = x.flatten(0, 1).tensor_split(math.ceil(P * B / (max_patches or P * B)))  # (P B, 3, S, S), or parts of it
+
+    def forward(chunk):
+        with torch.autocast(chunk.device.type, torch.bfloat16, enabled=bf16):
+            return network(chunk)[1]  # (n, d)
+
+    if len(chunks) == 1:
+        return forward(chunks[0]).unflatten(0, (P, B)), torch.Tensor.backward
+    with torch.no_grad():
+        z = torch.cat([forward(chunk) for chunk in chunks])  # (P B, d)
+    z.requires_grad_()
+
+    def backward(total):
+        total.backward()
+        grads = z.grad.tensor_split(len(chunks))
+        for i, (chunk, grad) in enumerate(zip(chunks, grads, strict=True)):
+            with distributed.no_sync(network, enabled=i < len(chunks) - 1):
+                forward(chunk).backward(grad)
+
+    return z.unflatten(0, (P, B)), backward
+
+
+def build_step(hp, network, optimizer, bf16):
+    """Return train_step with the settings of a run: a function of (images, generator)."""
+    options = {"eps": hp.tcr_eps} if hp.uniformity_loss == "tcr" else {}
+    criterion = partial(emp_ssl_loss, uniformity_loss=hp.uniformity_loss, invariance_weight=hp.invariance_loss_weight,
+                        uniformity_weight=hp.uniformity_loss_weight, bags=hp.bags, **options)  # fmt: skip
+    return partial(train_step, network, optimizer, views=hp.train_views, criterion=criterion, max_patches=hp.max_patches,
+                   bf16=bf16)  # fmt: skip
+
+
+def build_optimizer(hp, encoder):
+    """Return LARS with the authors' trust coefficient, .005, or plain SGD, over the weights that are not frozen."""
+    params = [p for p in encoder.parameters() if p.requires_grad]
+    if hp.optimizer == "sgd":
+        return torch.optim.SGD(params, hp.lr, momentum=0.9, weight_decay=hp.weight_decay, nesterov=True)
+    return LARS(params, hp.lr, momentum=0.9, weight_decay=hp.weight_decay, nesterov=True, eta=0.005, clip=True)
+
+
+def learning_rate(hp, progress):
+    """Return the learning rate of a step; progress, in [0, 1), is the fraction of all steps that are done before it."""
+    return hp.lr if hp.schedule == "constant" else hp.lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+def train(hp, run, encoder, images, bf16):
+    """Train the encoder in place, from run.checkpoint (None: from the start) to hp.n_epochs. Return at once if that is done.
+
+    Raises RunError if a loss, gradient or weight is not finite, and Interrupted after a signal, when the checkpoint is
+    written. Each step depends only on the state, the seed, the epoch and the step, so a run that was stopped and resumed
+    ends with the same bits as one that was not.
+    """
+    if run.is_trained():
+        return
+    log_stage("Training SSL encoder")
+    device = next(encoder.parameters()).device
+    pixels = on_device(images["train"].images, device)  # uint8 (N, 3, H, W)
+    draw_patches(hp, pixels[:8].to(device), run.patches)
+    optimizer = build_optimizer(hp, encoder)
+    state = restore(hp, run, optimizer, n_steps=len(pixels) // hp.bs, device=device)
+    save = partial(save_checkpoint, hp, run, images.fingerprints, encoder, optimizer, state)
+    if not run.checkpoint:
+        save()  # a folder that can't be written is found now
+    log_memory(hp, encoder, pixels, bf16)
+
+    encoder.train()
+    network = distributed.data_parallel(encoder, device)  # with the same weights
+    step = build_step(hp, torch.compile(network) if hp.compile else network, optimizer, bf16)
+    n_total = n_steps_in(hp.n_epochs, state.n_steps)
+    with hold_signals() as signals:
+
+        def after_step(epoch, epoch_is_over):
+            if hp.eval_freq and state.step % hp.eval_freq == 0:
+                state.reported_at += quick_knn(hp, run, encoder, images, state.place(epoch), bf16)  # the clock stands still
+            due = time.monotonic() - state.saved_at > hp.checkpoint_every
+            signum, due = distributed.all_reduce_max(signals[0] if signals else 0, due)
+            if (signum or due) and not epoch_is_over:
+                save()
+                raise_if(signum, run, state)
+
+        while state.step < n_total:
+            train_epoch(hp, run, state, pixels, optimizer, step, after_step)
+            save()
+            raise_if(*distributed.all_reduce_max(signals[0] if signals else 0), run, state)
+    distributed.broadcast_buffers(encoder)
+
+
+def train_epoch(hp, run, state, pixels, optimizer, step, after_step):
+    """Train to the end of the epoch, or to the end of training if that comes first."""
+    epoch, first = divmod(state.step, state.n_steps)
+    n_total = n_steps_in(hp.n_epochs, state.n_steps)
+    last = min(state.n_steps, n_total - epoch * state.n_steps)
+    device = optimizer.param_groups[0]["params"][0].device
+    order = torch.randperm(len(pixels), generator=generator(hp.seed, "order", epoch)).to(device)
+    rows = [distributed.shard(order[i * hp.bs : (i + 1) * hp.bs]) for i in range(first, last)]
+    bar = progress_bar(range(first, last), f"epoch {epoch}", total=last, initial=first)
+    for i, batch in zip(bar, batches(pixels, rows, device), strict=False):
+        lr = learning_rate(hp, state.step / n_total)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        state.add(step(batch, generator(hp.seed, "patches", epoch, i)))
+        if (i + 1) % hp.print_freq == 0 or i + 1 == last:
+            report(hp, run, state, epoch, lr, bar)
+        after_step(epoch, epoch_is_over=i + 1 == last)
+    invariance, uniformity, _ = (state.totals / state.n_totals).tolist()
+    log.info(f"Epoch: {epoch} | Loss sim: {invariance:.5f} | Loss {hp.uniformity_loss.upper()}: {uniformity:.5f}")
+    if last == state.n_steps:
+        state.clear_totals()
+
+
+def report(hp, run, state, epoch, lr, bar):
+    """Print the mean of STEP_METRICS since the last report, append it to metrics.jsonl, and add the steps to the totals."""
+    check_finite(state)
+    rows = torch.stack(state.recent).cpu()  # (steps, 3); the host waits for the device here, not in each step
+    state.totals, state.n_totals, state.recent = state.totals + rows.sum(0), state.n_totals + len(rows), []
+    invariance, uniformity, grad_norm = rows.mean(0).tolist()
+    now, patches_per_step = time.monotonic(), hp.n_patches * hp.bs
+    speed = state.n_timed * patches_per_step / (now - state.reported_at)
+    state.n_timed, state.reported_at = 0, now
+    place = state.place(epoch)
+    run.journal.add(**place, loss_sim=invariance, loss_uniformity=uniformity, grad_norm=grad_norm, lr=lr,
+                    patches_per_second=round(speed, 1))  # fmt: skip
+    text = f"sim {invariance:.4f} uniformity {uniformity:.3f} lr {lr:.4f} {speed:,.0f} patches/s"
+    if bar.disable:
+        left = time_left((bar.total - place["step"]) * patches_per_step, speed)
+        log.info(f"epoch {epoch} step {place['step']}/{bar.total} | {text}, {left} left")
+    else:
+        bar.set_postfix_str(text)
+
+
+def raise_if(signum, run, state):
+    """Raise Interrupted if a signal came to any process, after the checkpoint was written."""
+    if signum:
+        distributed.barrier()
+        epoch, step = divmod(state.step, state.n_steps)
+        command = f"python main.py resume --exp_dir {shlex.quote(str(run.dir))}"
+        raise Interrupted(signum, f"stopped at epoch {epoch} step {step}; go on with: {command}")
+
+
+def restore(hp, run, optimizer, n_steps, device):
+    """Return the TrainState of the run's checkpoint; load its momenta, and cut metrics.jsonl to where it was."""
+    state, checkpoint = TrainState(n_steps), run.checkpoint
+    if checkpoint:
+        load_momenta(optimizer, checkpoint["optimizer"])
+        state.load_state_dict(checkpoint["state"], device)
+        epoch, step = position(checkpoint)
+        if "bs" in run.changed:  # as many images of the epoch are done; their losses were of other batches
+            old_bs, _ = run.changed["bs"]
+            left = n_steps_in(hp.n_epochs, n_steps) - epoch * n_steps
+            step = min(step * old_bs // hp.bs, n_steps - 1, left - 1)
+            state.n_steps, state.step = n_steps, epoch * n_steps + step
+            state.clear_totals()
+        log.info(f"* Going on at epoch {epoch} step {step}")
+    run.journal.begin("training", checkpoint["metrics_bytes"] if checkpoint else 0)
+    for name, (old, new) in run.changed.items():
+        run.journal.add(event="changed", **state.place(state.step // max(1, n_steps)), name=name, old=old, new=new)
+    return state
+
+
+def load_momenta(optimizer, momenta):
+    """Load the momenta of a checkpoint. Raises UsageError if their shapes are not those of the parameters."""
+    shapes = {i: p.shape for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    if {i: entry["momentum_buffer"].shape for i, entry in momenta.items()} not in ({}, shapes):
+        raise UsageError("the momenta of the checkpoint do not fit its weights")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": momenta})
+
+
+def save_checkpoint(hp, run, fingerprints, encoder, optimizer, state):
+    """Write a checkpoint. Raises RunError, and writes nothing, if a loss, gradient or weight is not finite."""
+    check_finite(state)
+    if not all(value.isfinite().all() for value in encoder.state_dict().values()):
+        epoch, step = divmod(state.step, max(1, state.n_steps))
+        raise RunError(f"epoch {epoch} step {step}: weights are not finite; {REMEDY}")
+    now = time.monotonic()
+    state.seconds, state.resumed_at = state.seconds + now - state.resumed_at, now
+    state.peak_memory = max(state.peak_memory, peak_memory(next(encoder.parameters()).device))
+    run.save_checkpoint({
+        "hparams": asdict(hp),
+        "data": fingerprints,
+        "encoder": encoder.state_dict(),
+        "optimizer": optimizer.state_dict()["state"],
+        "state": state.state_dict(),
+    })  # fmt: skip
+    state.saved_at = time.monotonic()
+
+
+def check_finite(state):
+    """Raise RunError that names the step and the value if STEP_METRICS since the last report are not all finite."""
+    for i, values in enumerate(torch.stack(state.recent).tolist() if state.recent else []):
+        for name, value in zip(STEP_METRICS, values, strict=True):
+            if not math.isfinite(value):
+                epoch, step = divmod(state.step - len(state.recent) + i, state.n_steps)
+                raise RunError(f"epoch {epoch} step {step}: the {name} is {value}; {REMEDY}")
+
+
+def log_memory(hp, encoder, pixels, bf16):
+    """Print how much memory a training step will take and how much there is, with a warning if that is less."""
+    n, size = hp.n_patches * distributed.shard_size(hp.bs), hp.input_size or pixels.shape[-1]
+    n = min(n, hp.max_patches or n)
+    patch = saved_bytes(encoder, 3, size, bf16) - saved_bytes(encoder, 2, size, bf16)
+    weights = 4 * 4 * sum(p.numel() for p in encoder.parameters())  # float32: weights, gradients, momenta; copies in bf16
+    need = (1.6 * n * patch + weights + getattr(pixels, "nbytes", 0)) / 1e9  # 1.6: backward; measured on a CPU: 1.4 to 1.8
+    there = total_memory(next(encoder.parameters()).device) / 1e9
+    log.info(f"* Memory: about {need:.1f} GB for a step of {n} patches; {there:.1f} GB are there")
+    if need > there:
+        log.warning("that is more than there is: lower bs, n_patches or max_patches, or take precision bf16")
+
+
+@distributed.on_main_process
+def draw_patches(hp, images, path):
+    """Draw a picture, unless it is there: for each image (n, 3, H, W) a row of itself and up to 20 patches of it."""
+    if path.exists():
+        return
+    size, n = hp.input_size or images.shape[-1], min(hp.n_patches, 20)
+    x = sample_patches(images, n, generator(hp.seed, "picture"), size)  # (P, n, 3, size, size)
+    whole = F.interpolate(images.cpu().float() / 255, size=(size, size), mode="bilinear", antialias=True)  # missing on mps
+    rows = torch.cat([whole[None], (x.cpu() + 1) / 2]).transpose(0, 1).flatten(0, 1)  # (n (1 + P), 3, size, size)
+    grid = torchvision.utils.make_grid(rows, nrow=n + 1, pad_value=1.0)
+    picture = Image.fromarray(grid.mul(255).round().byte().permute(1, 2, 0).numpy())
+    with files.atomic_write(path) as file:
+        picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(file, "PNG")
