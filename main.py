@@ -16,7 +16,7 @@ from experiment import Run, build_encoder
 from hparams import PRESETS, SETTINGS, STAGES, from_dict
 from infra import distributed
 from infra.console import EVERY_PROCESS, PLAIN, log, log_stage
-from infra.device import pick_device, pick_precision, set_deterministic
+from infra.device import configure, pick_device, pick_precision
 from infra.errors import RunError, UsageError, explain
 from infra.files import checksum
 from infra.metrics import environment
@@ -64,7 +64,7 @@ def run_experiment(hp, exp_dir, argv, start_over=False):
     launch = {"command": shlex.join(["main.py", *argv]), **environment(device, precision)}
     with Run(exp_dir).opened(hp, launch, start_over) as run, distributed.process_group(device):
         log.info(f"* Device: {device}, precision: {precision}")
-        set_deterministic(hp.deterministic)
+        configure(device, hp.deterministic)
         run_stages(hp, run, device, precision == "bf16")
 
 

@@ -61,9 +61,6 @@ def content(name):
         return f"Not yet measured. The command is `python -m benchmarks.{command}`."
 
 
-# ---------------------------------------------------------------------------------------------------------------- pictures
-
-
 def as_picture(figure):
     """Return a figure of matplotlib as a PIL image."""
     out = io.BytesIO()

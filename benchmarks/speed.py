@@ -6,8 +6,8 @@
     python -m benchmarks.speed --only cost large ranks      # see storage.py and ranks.py
 
 Each measurement is a process of its own, the baseline's and ours in turns. The floor is the time of the operations, or of the
-bytes, that a part can't do without, at the rates of a large matrix product and of a large copy, the best of seven each. The
-results are in benchmarks/results: speed-DEVICE.json, cost.json, large.json, ranks.json. Then: python -m benchmarks.readme
+bytes, that a part can't do without, at the rates of a large matrix product and of a large copy, the best of seven each. It
+writes speed-DEVICE.json, choices-DEVICE.json, cost.json, large.json, ranks.json. Then: python -m benchmarks.readme
 """
 
 import argparse
@@ -34,7 +34,7 @@ from evaluate import Fit, Output, encode, linear_probe
 from experiment import Run
 from hparams import Hparams
 from infra import files
-from infra.device import generator, peak_memory, pick_precision
+from infra.device import configure, generator, peak_memory, pick_precision
 from lars import LARS
 from model import Encoder
 from patches import Views, sample_patches
@@ -52,11 +52,12 @@ RUNS = {  # the whole run on each kind of device
 class Side:
     """One side of a comparison, "ours" or "baseline", on a device."""
 
-    def __init__(self, device, side="ours"):
+    def __init__(self, device, side="ours", configured=True):
         self.device, self.ours = torch.device(device), side == "ours"
         self.bf16 = pick_precision("auto", self.device) == "bf16"
         torch.manual_seed(0)
-        torch.backends.cudnn.benchmark = self.ours
+        if self.ours and configured:
+            configure(self.device)
 
     def images(self, n):
         return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8).to(self.device)
@@ -68,9 +69,6 @@ class Side:
 
     def optimizer(self, params):
         return (LARS if self.ours else baseline.LARS)(params, 0.3, weight_decay=1e-4, nesterov=True, eta=0.005, clip=True)
-
-
-# ------------------------------------------ the parts: functions of a Side -> (function to time, units that one call of it does)
 
 
 def sampling(s):
@@ -161,18 +159,16 @@ PARTS = {
     "probe": Part(f"{PROBE} with the authors' two workers", partial(probe, workers=2), probe_needs),
     "probe plain": Part(f"{PROBE} without workers", partial(probe, workers=0), probe_needs),
 }  # fmt: skip
-CHOICES = {  # title: what a train step does otherwise
+CHOICES = {  # title: what a train step and encoding do otherwise
     "as it is": (),
     "fp32": ("fp32",),
     "fp32, not channels last": ("fp32", "channels first"),
     "not channels last": ("channels first",),
     "torch's convolutions on 2x2 pixels too": ("torch's convolutions",),
+    "freed memory returned": ("not configured",),
     "one thread": ("one thread",),
     "with --compile": ("compile",),
 }
-
-
-# ------------------------------------------------------------------------------------- measurements, each in a child process
 
 
 def seconds(function, device):
@@ -195,17 +191,22 @@ def time_part(device, name, side):
 
 
 def time_choice(device, name):
-    """Return the seconds of the first step of resnet18-imagenet with a choice, and the median of the next ten."""
-    s, otherwise, hp = Side(device), CHOICES[name], Hparams(n_patches=8)
+    """Return seconds of resnet18-imagenet with a choice: of the first step, the median of the next ten, of encoding."""
+    otherwise, hp = CHOICES[name], Hparams(n_patches=8)
+    s = Side(device, configured="not configured" not in otherwise)
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # else only the first process compiles
     if "one thread" in otherwise:
         torch.set_num_threads(1)
     network = (baseline.Encoder if "torch's convolutions" in otherwise else Encoder)("resnet18-imagenet")
     layout = torch.contiguous_format if "channels first" in otherwise else torch.channels_last
     encoder, images = network.to(s.device, memory_format=layout).train(), s.images(B)
     compiled = torch.compile(encoder) if "compile" in otherwise else encoder
-    step = build_step(hp, compiled, build_optimizer(hp, encoder), s.bf16 and "fp32" not in otherwise)
+    bf16 = s.bf16 and "fp32" not in otherwise
+    step = build_step(hp, compiled, build_optimizer(hp, encoder), bf16)
     times = [seconds(lambda: step(images, generator(0, "speed")), s.device) for _ in range(11)]
-    return {"first": times[0], "seconds": statistics.median(times[1:])}
+    rng, output = partial(generator, 0, "speed"), Output(bf16=bf16)
+    encoding = [seconds(lambda: encode(encoder, images, Views(8, "grid"), rng, B, output), s.device) for _ in range(11)]
+    return {"first": times[0], "seconds": statistics.median(times[1:]), "encoding": statistics.median(encoding[1:])}
 
 
 def rates(device):
@@ -240,9 +241,6 @@ def rates_of(device):
     return measured(device, "rates")
 
 
-# ------------------------------------------------------------------- comparisons: each adds to the content of a file of results
-
-
 def compare_part(options, results, name):
     part, sides = PARTS[name], in_turns(options, {side: ("part", name, side) for side in ("baseline", "ours")})
     results["rates"] = rates_of(options.device)
@@ -251,7 +249,7 @@ def compare_part(options, results, name):
 
 
 def compare_choices(options, results):
-    results["choices"] = {**in_turns(options, {name: ("choice", name) for name in CHOICES}), "commit": commit()}
+    results |= {"choices": in_turns(options, {name: ("choice", name) for name in CHOICES}), "commit": commit()}
 
 
 def compare_runs(options, results):
@@ -285,7 +283,7 @@ def our_run(words, log_folder):
 # name: (file of results, function); {} is the device
 COMPARISONS = {
     **{name: ("speed-{}", partial(compare_part, name=name)) for name in PARTS},
-    "choices": ("speed-{}", compare_choices),
+    "choices": ("choices-{}", compare_choices),
     "run": ("speed-{}", compare_runs),
     "cost": ("cost", storage.compare_cost),
     "large": ("large", storage.compare_large),
@@ -310,7 +308,10 @@ def main():
     for name in options.only:
         file, function = COMPARISONS[name]
         path = options.out / f"{file.format(options.device)}.json"
-        results = {**files.read_json(path), "machine": machine(options.device)}
+        results, here = files.read_json(path), machine(options.device)
+        if results.get("machine", here) != here:
+            made.error(f"{path} holds results of another machine: remove it, or write elsewhere with --out FOLDER")
+        results["machine"] = here
         function(options, results)
         files.write_json(path, results)
 

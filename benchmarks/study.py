@@ -155,9 +155,6 @@ def all_options(row):
     return f"{GROUPS[row.group].base} {row.options}".strip()
 
 
-# ------------------------------------------------------------------------------------------------------------------ commands
-
-
 def command(row, seed, options):
     """Return the arguments of main.py for a row. Raw pixels and the baseline take the images from them.
 
@@ -179,9 +176,6 @@ def shown(row, options):
     if row.name in ("raw-pixels", "baseline"):
         return f"python -m benchmarks.study {row.group} --only {row.name}"
     return shlex.join(["python", "main.py", *command(row, 42, options)])
-
-
-# ---------------------------------------------------------------------------------------------------------------------- runs
 
 
 def measure(row, seed, options):

@@ -26,9 +26,6 @@ def read(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-# --------------------------------------------------------------------------------------------------------- numbers as text
-
-
 def spread(runs, name):
     """Return the mean over the seeds, and the least and the greatest of them."""
     values = [run[name] for run in runs]
@@ -70,9 +67,6 @@ def ratio(a, b):
     return statistics.median(a) / statistics.median(b)
 
 
-# ---------------------------------------------------------------------------------------------------------------- settings
-
-
 def options():
     rows = []
     for name, setting in SETTINGS.items():
@@ -87,9 +81,6 @@ def presets():
     """Return a line for each preset: the options that it stands for."""
     lines = [" ".join(f"--{option} {value}" for option, value in preset.items()) for preset in PRESETS.values()]
     return "\n".join(f"    --preset {name}: {line}" for name, line in zip(PRESETS, lines, strict=True))
-
-
-# -------------------------------------------------------------------------------------------------------------- whole runs
 
 
 def findings(group, folder=RESULTS):
@@ -218,9 +209,6 @@ def precision():
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- speed
-
-
 def speed(device):
     """Return the ratios of each part; on a GPU the times too, since a CPU's vary with what else the machine does."""
     results, on_gpu = read(f"speed-{device}"), device == "cuda"
@@ -253,15 +241,16 @@ def whole_run(results):
 
 
 def choices():
-    """Return what the train step takes otherwise, as multiples of what it takes."""
-    recorded = read("speed-cpu")["choices"]
-    ours = statistics.median(recorded["as it is"]["seconds"])
-    rows = []
+    """Return what a train step and encoding take otherwise, as multiples of what they take."""
+    results = read("choices-cpu")
+    recorded, rows = results["choices"], []
     for name in CHOICES:
-        if name in recorded:
-            time, first = (statistics.median(recorded[name][key]) / ours for key in ("seconds", "first"))
-            rows.append([name, f"{time:.2f}", f"{first:.1f}"])
-    return table(["a train step of resnet18-imagenet, 8 x 100 patches", "time", "the first step"], rows)
+        step, encoding = (statistics.median(recorded[name][key]) for key in ("seconds", "encoding"))
+        step_as_is, encoding_as_is = (statistics.median(recorded["as it is"][key]) for key in ("seconds", "encoding"))
+        first = max(recorded[name]["first"])  # the others may have found what an earlier process compiled
+        rows.append([name, f"{step / step_as_is:.2f}", f"{first / step_as_is:.1f}", f"{encoding / encoding_as_is:.2f}"])
+    text = table(["resnet18-imagenet, 8 x 100 patches", "a train step", "the first step", "encoding"], rows)
+    return f"{text}\n\n{measured_by('speed --only choices', results)}"
 
 
 def cost():

@@ -1,8 +1,10 @@
 """Device, precision, memory and random generators."""
 
 import copy
+import ctypes
 import hashlib
 import os
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -38,12 +40,25 @@ def pick_precision(name, device):
     return "fp32"
 
 
-def set_deterministic(enabled):
-    """Ask torch for the same bits in each run, also on CUDA; if not enabled, let cuDNN pick the fastest kernels."""
-    if enabled:
+def configure(device, deterministic=False):
+    """Set up torch in this process: for the same bits in each run, also on CUDA, or else for the fastest kernels."""
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
-    torch.use_deterministic_algorithms(enabled)
-    torch.backends.cudnn.benchmark = not enabled
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory():
+    """Make glibc keep large blocks that were freed. By default it returns them to the system, which clears them again.
+
+    See "freed memory returned" in the README's table of choices: what steps and encoding take without it.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def generator(seed, purpose, epoch=0, step=0):

@@ -11,7 +11,7 @@ from experiment import build_encoder, n_steps_in
 from hparams import to_yaml
 from infra import distributed
 from infra.console import log
-from infra.device import generator, pick_device, pick_precision
+from infra.device import configure, generator, pick_device, pick_precision
 from infra.image_cache import on_device
 from train import build_optimizer, build_step, log_memory
 
@@ -21,6 +21,7 @@ def dry_run(hp, n_timed=3):
     log.info(to_yaml(hp).rstrip())
     device = pick_device(distributed.local_device(hp.device))
     precision = pick_precision(hp.precision, device)
+    configure(device, hp.deterministic)
     with distributed.process_group(device):
         pixels = on_device(Images(hp)["train"].images, device)
         encoder = build_encoder(hp, None).to(device, memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ from evaluate import encode_images
 from experiment import Run, build_encoder, check_changes, is_trained, position
 from infra import files
 from infra.console import log
-from infra.device import pick_device, pick_precision
+from infra.device import configure, pick_device, pick_precision
 from infra.distributed import local_device, on_main_process, process_group
 from infra.errors import RunError, UsageError
 from model import BACKBONES, fold_batch_norm
@@ -133,6 +133,7 @@ def embed_command(args):
     if not paths:
         raise UsageError(f"no images in {args.images} (looked for {' '.join(sorted(SUFFIXES))} in all its folders)")
     device = pick_device(local_device(args.device))
+    configure(device)
     hp, _, encoder = load_encoder(args.exp_dir)
     with process_group(device):
         images, readable = read_images(paths, args.images, hp.image_size)
