@@ -71,8 +71,8 @@ def load_cifar(root, train, name):
     folder = root / dataset_class.base_folder
     with main_process_first():
         first = None if folder.is_dir() else read()
-        name = f"{name}-{'train' if train else 'test'}"
-        content = image_cache.cached(name, folder, sorted(folder.iterdir()), lambda: first or read())
+        split = f"{name}-{'train' if train else 'test'}"
+        content = image_cache.cached(split, folder, sorted(folder.iterdir()), lambda: first or read())
     return ImageSet(content["images"], content["labels"], content["class_names"])
 
 
@@ -146,7 +146,7 @@ def read_labels(file):
 
 
 def labels_from_file(file, paths, root):
-    """Return {path: class name} and the sorted class names. Raises UsageError if a path has no label, or there is one class."""
+    """Return {path: class name} and the sorted class names. Raises UsageError if a path has no label or there is one class."""
     labels = read_labels(file)
     class_names = sorted(set(labels.values()))
     missing = [path for path in paths if str(path.relative_to(root)) not in labels]

@@ -21,7 +21,7 @@ from patches import sample_views
 
 
 class Output(NamedTuple):
-    """What encode returns, and how it computes."""
+    """Which tensors encode returns, and its precision."""
 
     emb_pool: str = "features"  # what is averaged over the views: features (h) or proj (z)
     save_proj: bool = False  # return h and z of each view too
@@ -32,9 +32,9 @@ class Output(NamedTuple):
 def encode(encoder, images, views, rng, bs=100, output=Output(), progress=iter):  # noqa: B008, a tuple does not change
     """Return the representation of each image: the mean over its views of h, or of z (the bag of patches).
 
-    encoder: a model.Encoder; it is used as in eval mode and left as it was. images: uint8 (N, 3, H, W), a tensor on the
-    encoder's device or an ImageFile. views: a patches.Views. rng: a function of step=, the number of the batch, that returns
-    the generator of its random views. bs: images in a batch. progress: wraps the sequence of batches. Several processes share
+    encoder: a model.Encoder. It runs in eval mode and is not modified. images: uint8 (N, 3, H, W), a tensor on the
+    encoder's device or an ImageFile. views: a patches.Views. rng: rng(step=i) returns the generator of
+    the random views of batch i. bs: images in a batch. progress: wraps the sequence of batches. Several processes share
     the batches, and each returns the whole.
     Returns a dict: embeddings, float32 (N, h_dim or z_dim) on the CPU; n_views, the number of views of an image; and with
     output.save_proj features, float16 (N, n_views, h_dim), and projections, float16 (N, n_views, z_dim), on the CPU.
@@ -64,9 +64,9 @@ def encode(encoder, images, views, rng, bs=100, output=Output(), progress=iter):
 
 
 def encode_images(hp, encoder, images, purpose, bf16, save_proj=False):
-    """Return encode(...) of images by the settings of a run, and show progress. purpose: names the random views."""
+    """Encode images by the settings of a run and show progress. purpose: part of the seed of random views."""
     views = hp.test_views
-    bs = max(1, hp.bs * hp.n_patches // views.n)  # as many patches at once as in training: so many fit into memory
+    bs = max(1, hp.bs * hp.n_patches // views.n)  # as many patches per batch as in training, which fit into memory
     bar = functools.partial(progress, desc=f"encode {purpose}", every=hp.print_freq, unit="patches", size=bs * views.count)
     rng = functools.partial(generator, hp.seed, f"encode-{purpose}")
     output = Output(hp.emb_pool, save_proj, bf16)
@@ -90,11 +90,12 @@ def encode_split(hp, run, encoder, images, split, bf16):
     encoded = encode_images(hp, encoder, image_set.images, split, bf16, hp.save_proj)
     if not encoded["embeddings"].isfinite().all():
         raise RunError(f"embeddings of the {split} images are not finite: train under a new --exp_name with --precision fp32")
+    encoded["seconds"] = time.monotonic() - start
     if image_set.labels is not None:
         encoded["labels"] = image_set.labels
     if split == "test" and run.journal.board:
         show_embeddings(run.journal.board, encoded["embeddings"], image_set, hp.seed)
-    return {**encoded, "seconds": time.monotonic() - start}
+    return encoded
 
 
 @distributed.on_main_process
@@ -112,6 +113,7 @@ def quick_knn(hp, run, encoder, images, place, bf16):
     Up to 1,000 test images, up to 5,000 training images, always the same ones, by up to 4 views each.
     """
     start, tensors = time.monotonic(), []
+    distributed.broadcast_buffers(encoder)  # all processes encode with the same batch-norm statistics
     views = hp.test_views._replace(n=min(4, hp.test_views.n))
     for split, limit in (("train", 5000), ("test", 1000)):
         pixels, labels, class_names = images[split]
@@ -170,12 +172,12 @@ def choose_lr(x, y, n_classes, fit, progress):
     tenth, rest = order.split([len(x) // 10, len(x) - len(x) // 10])
     for layers in softmax_regressions(x[rest], y[rest], LRS, n_classes, fit, progress):
         held_out = {rate: accuracy(layer, x[tenth], y[tenth])[0] for rate, layer in zip(LRS, layers, strict=True)}
-    return max(LRS, key=lambda rate: (held_out[rate], -abs(math.log(rate / AUTHORS_LR)))), held_out  # of equals the nearest
+    return max(LRS, key=lambda rate: (held_out[rate], -abs(math.log(rate / AUTHORS_LR)))), held_out  # ties: nearest to AUTHORS_LR
 
 
 @torch.no_grad()
 def softmax_regressions(x, y, lrs, n_classes, fit, progress):
-    """Fit a linear layer with each of the L learning rates, all at once: the rows of one weight matrix.
+    """Fit a linear layer for each of the L learning rates, all at once, as rows of one matrix.
 
     The arguments are those of linear_probe. After each epoch, yields the layers (nn.Linear) in the order of lrs.
     """
@@ -232,7 +234,7 @@ def knn(x, y, x_test, y_test, n_classes, k=20, temperature=0.07, chunk=1000):
     return 100 * hits.item() / len(x_test)
 
 
-# Accuracies beside the probe's. name in the result: (title, function of (x, y, x_test, y_test, n_classes) -> top-1 in percent)
+# Accuracies in addition to the probe's. name: (title, function of (x, y, x_test, y_test, n_classes) -> top-1 in percent)
 METRICS = {"knn_top1": ("20-NN", knn)}
 
 

@@ -1,4 +1,4 @@
-"""Run, a run folder: its paths, its lock, its checkpoints and cached stages, and what an edited hparams.yaml allows."""
+"""Run, a run folder: its paths, checkpoints and cached stages, and the check of edited settings."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from hparams import FIXED, from_dict, read_hparams, to_yaml, yaml_value
 from infra import files
 from infra.console import log
 from infra.device import generator
-from infra.distributed import on_main_process
+from infra.distributed import on_main_process, process_group
 from infra.errors import RunError, UsageError
 from infra.lock import is_locked, locked
 from infra.metrics import Board, Journal, read_launches
@@ -64,14 +64,14 @@ class Run:
         return is_locked(self.lock)
 
     @contextmanager
-    def opened(self, hp, launch, start_over=False):
-        """Work in the folder, and no other process meanwhile. launch: what the journal records of this launch.
+    def opened(self, hp, launch, device, start_over=False):
+        """Lock the folder, join the process group and load the newest checkpoint. launch: what the journal records.
 
         start_over: ignore what is in the folder; `prepare` moves it aside. Raises RunError if another process has the lock,
-        and UsageError if the checkpoint does not allow what was edited. Up to here nothing is written but the lock.
+        and UsageError if the checkpoint does not allow what was edited. Only a damaged last.pt has been written by then.
         """
         self.hp, self.start_over = hp, start_over
-        with locked(self.lock):
+        with locked(self.lock), process_group(device):
             self.checkpoint = None if start_over else self.newest_checkpoint(repair=True)
             self.changed = check_changes(hp, self.checkpoint) if self.checkpoint else {}
             board = Board(self.tensorboard, self.patches) if hp.tensorboard else None
@@ -94,7 +94,7 @@ class Run:
             log.info(f"* {name} was {old}, from here on it is {new}")
 
     def move_aside(self):
-        """Rename the folder, which is locked, to the next free NAME.oldN, and return that. The lock stays at the old name."""
+        """Rename the locked folder to the next free NAME.oldN and return the new path. The lock stays at the old one."""
         aside = next(path for n in range(1, 10**6) if not (path := self.dir.with_name(f"{self.dir.name}.old{n}")).exists())
         self.dir.rename(aside)
         self.dir.mkdir()
@@ -109,8 +109,8 @@ class Run:
     def newest_checkpoint(self, repair=False):
         """Return the content of the newest checkpoint that can be read, None if there is no checkpoint.
 
-        Those that can't be read are named in warnings. repair: write the one that was found as last.pt. Raises RunError if
-        there are checkpoints and none can be read.
+        Warns of each one that can't be read. repair: write the one that was found as last.pt. Raises RunError if there are
+        checkpoints and none can be read.
         """
         paths = [path for path in (self.last, self.previous) if path.exists()] + self.epoch_checkpoints()[::-1]
         for path in paths:
@@ -142,7 +142,7 @@ class Run:
             files.save(self.last, content, keep=self.previous)
 
     def is_trained(self):
-        """Whether training is at its end."""
+        """Whether training is complete."""
         return self.checkpoint is not None and is_trained(self.hp, self.checkpoint)
 
     @property
@@ -152,11 +152,11 @@ class Run:
 
     @property
     def splits(self):
-        """The splits that the images have: train, and test if there is one."""
+        """The names of the splits: train, and test if the data has one."""
         return [split for split in self.artifacts if self.fingerprints[split]]
 
     def images_moved(self):
-        """Whether a folder of images, or its labels, are in another place than at the checkpoint."""
+        """Whether data_dir or labels of a folder of images differ from the checkpoint's."""
         before = self.checkpoint["hparams"]
         return self.hp.dataset == "folder" and (self.hp.data_dir, self.hp.labels) != (before["data_dir"], before["labels"])
 
@@ -173,7 +173,7 @@ class Run:
             return None
         try:
             content = files.load(path)
-        except RunError as error:
+        except (RunError, UsageError) as error:
             log.warning(f"{error}: doing it again")
             return None
         if content.get("key") != key:
@@ -183,7 +183,7 @@ class Run:
 
     def write_result(self, result):
         """Write linear_accuracy.json, unless it holds the result already."""
-        if files.read_json(self.result) != json.loads(json.dumps(result)):  # as JSON, whose keys are texts
+        if files.read_json(self.result) != json.loads(json.dumps(result)):  # JSON turns keys into strings
             files.write_json(self.result, result)
 
 
@@ -234,7 +234,7 @@ def is_trained(hp, checkpoint):
 def check_changes(hp, checkpoint):
     """Return {name: (old, new)} of the encoder settings that were edited since the checkpoint.
 
-    Raises UsageError for a change that the trained weights rule out, or that could no longer have an effect.
+    Raises UsageError for a change that does not fit the weights, or that comes too late to have an effect.
     """
     old = from_dict(checkpoint["hparams"], "the checkpoint")
     for name, (was, now) in old.differences(hp, FIXED).items():

@@ -1,4 +1,4 @@
-"""Every setting, declared once: the command line, the checks of hparams.yaml and the cache keys follow from it."""
+"""All settings, each declared once. Command-line options, checks of hparams.yaml and cache keys are derived from them."""
 
 import argparse
 import re
@@ -50,45 +50,45 @@ class Hparams:
     batch_norm: bool = setting(True, "model", "batch norm in both heads")
     pretrained_proj: str | None = setting(None, "model", "checkpoint to take the projection's weights from, then kept frozen")
     n_patches: int = setting(100, "encoder", "patches per image", low=1, high=10_000)
-    bags: int = setting(1, "encoder", "bags that an image's patches are dealt to; in more than one it is its own negative", low=1)
+    bags: int = setting(1, "encoder", "bags that an image's patches are split into; its bags are each other's negatives", low=1)
     input_size: int | None = setting(None, "encoder", "pixels of a patch in the network (default: as wide as the image)",
                                      low=8, high=4096)  # fmt: skip
-    n_epochs: float = setting(2.0, "encoder", "passes over the data, also 0.75; 0: an untrained encoder", low=0, high=100_000)
+    n_epochs: float = setting(2.0, "encoder", "passes over the data, may be fractional; 0: no training", low=0, high=100_000)
     bs: int = setting(100, "encoder", "batch size in images", low=1, high=1_000_000)
-    max_patches: int | None = setting(None, "encoder", "patches at once in the network, for small GPUs: twice through it, batch "
-                                      "norm over those (default: all)", low=3)  # fmt: skip
+    max_patches: int | None = setting(None, "encoder", "most patches in one forward pass, to save memory: each passes twice, "
+                                      "batch norm is over one pass (default: all)", low=3)  # fmt: skip
     lr: float = setting(0.3, "encoder", "learning rate at the start", low=0, above=True)
-    schedule: str = setting("cosine", "encoder", "of the rate: from lr to 0 over all steps, or lr throughout", choices=SCHEDULES)
+    schedule: str = setting("cosine", "encoder", "learning-rate schedule: cosine to 0, or constant", choices=SCHEDULES)
     optimizer: str = setting("lars", "encoder", "optimizer", choices=("lars", "sgd"))
     weight_decay: float = setting(1e-4, "encoder", "weight decay", low=0)
     uniformity_loss: str = setting("tcr", "encoder", "loss that spreads the embeddings", choices=tuple(UNIFORMITY))
     invariance_loss_weight: float = setting(200.0, "encoder", "coefficient of the invariance loss", low=0)
     uniformity_loss_weight: float = setting(1.0, "encoder", "coefficient of the uniformity loss", low=0)
     tcr_eps: float = setting(0.2, "encoder", "eps of the coding rate", low=0, above=True)
-    precision: str = setting("auto", "encoder", "of the network; auto: bf16 where the hardware has it", choices=PRECISIONS)
+    precision: str = setting("auto", "encoder", "precision of the network; auto: bf16 if the hardware has it", choices=PRECISIONS)
     test_patches: int | None = setting(None, "encode", "patches per image when encoding (default: n_patches)", low=1, high=10_000)
-    eval_views: str = setting("grid", "encode", "what an image is encoded by: patches as in training, random crops, or a grid of "
-                              "crops", choices=VIEW_KINDS)  # fmt: skip
+    eval_views: str = setting("grid", "encode", "views that encode an image: augmented as in training, random crops, or "
+                              "a grid of crops", choices=VIEW_KINDS)  # fmt: skip
     emb_pool: str = setting("features", "encode", "which tensors to pool as the representation", choices=("features", "proj"))
     save_proj: bool = setting(False, "encode", "save each patch's embedding and projection too, as float16")
     n_eval_epochs: int = setting(100, "probe", "epochs of the linear probe", low=1, high=100_000)
     eval_lr: float | None = setting(None, "probe", "learning rate of the probe (default: the best of six on a held-out tenth)",
                                     low=0, above=True)  # fmt: skip
     data_dir: str = setting("./datasets", "none", "where the images are, or are downloaded to")
-    labels: str | None = setting(None, "none", "folder only: CSV file of path in data_dir and label, instead of class folders")
+    labels: str | None = setting(None, "none", "folder only: CSV file with lines path,label, instead of class folders")
     device: str = setting("auto", "none", "auto (cuda, mps or cpu), cpu, mps, cuda or cuda:N")
-    deterministic: bool = setting(False, "none", "the same bits each time on CUDA too, slower")
+    deterministic: bool = setting(False, "none", "bitwise reproducible on CUDA too, slower")
     compile: bool = setting(False, "none", "torch.compile the network; on a CPU the steps are no faster for it")
     tensorboard: bool = setting(True, "none", "TensorBoard events too, where the package is installed")
     print_freq: int = setting(50, "none", "steps between two lines of progress and metrics", low=1)
-    eval_freq: int = setting(0, "none", "steps between two quick kNN accuracies while training, 0: never", low=0)
+    eval_freq: int = setting(0, "none", "steps between quick kNN evaluations while training; 0: none", low=0)
     checkpoint_every: float = setting(60.0, "none", "seconds between two checkpoints within an epoch", low=0)
 
     def __post_init__(self):
         for name, declaration in SETTINGS.items():
             try:
                 object.__setattr__(self, name, declaration.check(getattr(self, name)))  # the dataclass is frozen
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:  # Python can't convert a whole number of 400 digits
                 raise UsageError(f"{name} {error}") from None
         if self.uniformity_loss == "vonmises" and self.bs < 2:
             raise UsageError("bs must be at least 2 with uniformity_loss vonmises, which compares images")
@@ -108,7 +108,7 @@ class Hparams:
         return Views(self.test_patches or self.n_patches, self.eval_views, self.input_size)
 
     def key(self, stage, weights):
-        """Return what the result of a stage depends on: a dict of the weights' checksum and the settings up to that stage."""
+        """Return the cache key of a stage: the checksum of the weights and all settings up to that stage, as a dict."""
         stages = list(STAGES)[: list(STAGES).index(stage) + 1]
         return {"weights": weights, **{name: getattr(self, name) for name, s in SETTINGS.items() if s.stage in stages}}
 
@@ -185,13 +185,13 @@ PRESETS = {
 
 
 def short(value):
-    """Return a value as an error names it: at most 80 characters."""
+    """Return repr(value), cut to 80 characters, for an error message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:80] + "..."
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader without aliases, by which a few lines can expand to gigabytes, and without repeated keys."""
+    """yaml.SafeLoader that rejects aliases (a few lines can expand to gigabytes) and repeated keys."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):

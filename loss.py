@@ -77,8 +77,8 @@ UNIFORMITY = {"tcr": tcr_loss, "vonmises": vonmises_loss}
 def emp_ssl_loss(z, uniformity_loss="tcr", invariance_weight=200.0, uniformity_weight=1.0, bags=1, **options):
     """Return (total, invariance, uniformity), where total = invariance_weight * invariance + uniformity_weight * uniformity.
 
-    z: (P, B, d) unit vectors. uniformity_loss: a key of UNIFORMITY; options are passed to that function. bags: the patches of
-    an image are dealt to so many images, which are then each other's negatives; it must divide P.
+    z: (P, B, d) unit vectors. uniformity_loss: a key of UNIFORMITY; options are passed to that function. bags: split the patches
+    of each image into this many bags, each treated as an image of its own; must divide P.
     Source: arXiv 2304.03977, section 2; the weights are those of the authors' code.
     """
     P, B, _ = _shape(z)

@@ -19,7 +19,7 @@ from infra.console import EVERY_PROCESS, PLAIN, log, log_stage
 from infra.device import configure, pick_device, pick_precision
 from infra.errors import RunError, UsageError, explain
 from infra.files import checksum
-from infra.metrics import environment
+from infra.metrics import environment, git_commit
 from infra.signals import Interrupted, handling, raise_interrupted
 from tools import cleanup, compare, dry_run, export, report
 from train import train
@@ -36,7 +36,7 @@ def main(argv=None):
         args = parse(argv)
         with handling(raise_interrupted), warnings.catch_warnings():
             if not debug:
-                warnings.simplefilter("ignore")  # those of libraries; the program logs its own
+                warnings.simplefilter("ignore")  # hide the warnings of libraries
             args.command(args)
         return 0
     except SystemExit as stop:  # argparse, after --help
@@ -44,7 +44,7 @@ def main(argv=None):
     except Interrupted as stop:
         log.warning(stop, extra=PLAIN)
         return 128 + stop.signum
-    except (RunError, UsageError) as error:  # every process finds it, and the main one reports it
+    except (RunError, UsageError) as error:  # all processes raise it; only the main one reports it
         log.error(error, exc_info=debug)
         return error.code
     except Exception as error:
@@ -53,18 +53,18 @@ def main(argv=None):
 
 
 def run_experiment(hp, exp_dir, argv, start_over=False):
-    """Run the three stages in a run folder, each unless its result is there, and print the report.
+    """Run the three stages and print the report. A stage whose result exists is skipped.
 
-    argv: the command line, which is recorded. start_over: move an existing folder aside first. Raises UsageError or RunError;
-    if the settings or the data are at fault, nothing has been written.
+    argv: the command line, which is recorded. start_over: move an existing folder aside first. Raises UsageError or RunError.
+    Errors in the settings or the data are raised before a result is written.
     """
     device = pick_device(distributed.local_device(hp.device))
     distributed.shard_size(hp.bs)  # raises UsageError if the processes can't share it
     precision = pick_precision(hp.precision, device)
-    launch = {"command": shlex.join(["main.py", *argv]), **environment(device, precision)}
-    with Run(exp_dir).opened(hp, launch, start_over) as run, distributed.process_group(device):
-        log.info(f"* Device: {device}, precision: {precision}")
-        configure(device, hp.deterministic)
+    configure(device, hp.deterministic)
+    launch = {"command": shlex.join(["main.py", *argv]), **git_commit(), **environment(device, precision)}
+    log.info(f"* Device: {device}, precision: {precision}")
+    with Run(exp_dir).opened(hp, launch, device, start_over) as run:
         run_stages(hp, run, device, precision == "bf16")
 
 
@@ -131,7 +131,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """Return the arguments of a command line. args.command is the function that runs the command, args.argv the line."""
+    """Return the arguments of a command line. args.command is the function to call, args.argv the command line."""
     formatter = functools.partial(argparse.HelpFormatter, max_help_position=38, width=110)
     make = functools.partial(Parser, formatter_class=formatter, allow_abbrev=False)
     parser = make(prog="main.py", description=__doc__)
@@ -147,13 +147,13 @@ def parse(argv):
 
 
 def canonical(arg):
-    """Return --n-patches=3 as --n_patches=3, --no-batch-norm as --no-batch_norm, and anything but an option as it is."""
+    """Return --n-patches=3 as --n_patches=3, --no-batch-norm as --no-batch_norm, and other arguments unchanged."""
     name, equals, value = arg.partition("=")
     return "--" + re.sub("^no_", "no-", name[2:].replace("-", "_")) + equals + value if name.startswith("--") else arg
 
 
 def add_train(commands):
-    """Add the command train. Its options are those of SETTINGS, and how the experiment is run."""
+    """Add the command train. Its options are the settings, and options that control the run."""
     train = commands.add_parser("train", help="train, encode and probe; picks up where it stopped", description=(
         "Train the encoder, encode the images, fit a linear probe. Given again, it goes on where it stopped."))  # fmt: skip
     groups = {stage: train.add_argument_group(title) for stage, title in {"run": "experiment", **STAGES}.items()}
@@ -161,10 +161,10 @@ def add_train(commands):
     run.add_argument("--exp_name", default="default", help="experiment name (default: default)")
     run.add_argument("--log_folder", default="logs/EMP-SSL-Training", help="directory name (default: logs/EMP-SSL-Training)")
     run.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
-                     help="go on where the same experiment stopped (the default), or move it aside and start over")  # fmt: skip
-    run.add_argument("--config_from", metavar="DIR", help="take what is not given here from another run folder's hparams.yaml")
+                     help="continue the existing run (default), or move it aside and start over")  # fmt: skip
+    run.add_argument("--config_from", metavar="DIR", help="run folder whose hparams.yaml has the settings that are not given")
     run.add_argument("--preset", choices=tuple(PRESETS), metavar="{" + ",".join(PRESETS) + "}",
-                     help="take what is not given here from a named set of hyperparameters (see README)")  # fmt: skip
+                     help="named set of settings, for those that are not given (see README)")  # fmt: skip
     run.add_argument("--dry_run", action="store_true", help="show settings, size, memory and time of the run, and stop")
     for name, setting in SETTINGS.items():
         default = "" if setting.default is None else f" (default: {setting.default})"
@@ -178,7 +178,7 @@ def add_train(commands):
 
 
 def hyperparameters(args):
-    """Return the Hparams of a train command: what it gives, else those of --config_from or --preset, else the defaults."""
+    """Return the Hparams of a train command: given options first, then --config_from or --preset, then the defaults."""
     if args.config_from and args.preset:
         raise UsageError("--config_from and --preset exclude each other: each names what is not given")
     base = vars(Run(args.config_from).read_hparams()) if args.config_from else PRESETS.get(args.preset, {})

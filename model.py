@@ -54,7 +54,7 @@ def build_backbone(arch):
 class Conv3x3(nn.Conv2d):
     """The 3x3 convolution `conv`, sharing its weight. On 2x2 pixels or fewer it is computed as one matrix product.
 
-    There each output pixel depends on all input pixels, and the rest of the kernel meets padding. The last two stages of the
+    Every output pixel then depends on all input pixels; the other kernel entries see padding only. The last two stages of the
     ImageNet variant see so few pixels of a 32x32 patch, and oneDNN's gradients are slow for them: without this, and with
     ReLU before pooling, a training step takes 1.2x as long (800 patches, two cores, bf16).
     """

@@ -1,4 +1,4 @@
-"""The patches: random augmented ones for training, and the views that an image is encoded by, all in whole batches.
+"""Augmented patches for training, and views for encoding, in whole batches.
 
 images and patches are (N, 3, H, W); P patches of each of B images are (P, B, 3, size, size).
 """
@@ -15,7 +15,7 @@ VIEW_KINDS = ("augmented", "crops", "grid")
 
 
 class Views(NamedTuple):
-    """What an image is shown as: n views, each half as wide as the image and resized to `size` pixels.
+    """How views are cut from an image: n of them, each half as wide as the image and resized to `size` pixels.
 
     kind: augmented, patches as in training; crops, at random places and not augmented; grid, k x k crops at even distances
     from corner to corner, where k is the root of n, rounded down: nothing is random. size: None for the image's width.
@@ -35,8 +35,8 @@ def sample_patches(images, n_patches, generator, size=32, first=0, batch=None):
     """Return random augmented patches: n_patches of each image, each a quarter of its area.
 
     images: uint8 (B, 3, H, W) on any device, H and W even. generator: a CPU torch.Generator, so the same patches are drawn on
-    every device. first, batch: the images are those from `first` on in a batch of `batch` images, and get the patches that
-    they would get there (default: they are the whole batch). Returns float32 (n_patches, B, 3, size, size) in [-1, 1] on the
+    every device. first, batch: the images are rows first to first + B of a larger batch, and get the patches that they
+    would get there. Returns float32 (n_patches, B, 3, size, size) in [-1, 1] on the
     device of the images; the host never waits for it.
     Source: arXiv 2304.03977, appendix, and the authors' code.
     """
@@ -46,7 +46,7 @@ def sample_patches(images, n_patches, generator, size=32, first=0, batch=None):
     if batch > B:
         params = {k: v.unflatten(0, (n_patches, batch))[:, first : first + B].flatten(0, 1) for k, v in params.items()}
     params["image"] = torch.arange(B).repeat(n_patches)  # (P B,)
-    # Sorted by the turn at which their hue is adjusted, the patches of a turn are a slice, which needs no copy.
+    # Sort patches by the turn at which their hue is adjusted: those of a turn are then a slice, without a copy.
     turn = torch.where(params["jitter"], (params["order"] == HUE).int().argmax(1), NO_JITTER)
     by_turn = turn.argsort(stable=True)
     params = {name: values[by_turn] for name, values in params.items()}
@@ -56,7 +56,7 @@ def sample_patches(images, n_patches, generator, size=32, first=0, batch=None):
 
 
 def sample_views(images, views, generator):
-    """Return what images are encoded by: float32 (views.count, B, 3, size, size) in [-1, 1].
+    """Return the views that encode the images: float32 (views.count, B, 3, size, size) in [-1, 1].
 
     images: uint8 (B, 3, H, W), H and W even. views: a Views. generator: a CPU torch.Generator; a grid needs none.
     """
@@ -76,7 +76,7 @@ def sample_views(images, views, generator):
 
 
 def sample_params(n, H, W, generator):
-    """Draw what happens to each of n patches of images (H, W). Returns a dict of CPU tensors (n, ...).
+    """Draw the augmentation parameters of n patches of images (H, W). Returns a dict of CPU tensors (n, ...).
 
     top, left: int64, the corner of the crop in pixels. flip, jitter, grey, blur, solarise: bool. order: int64 (n, 4), a
     permutation of JITTER for each patch. brightness, contrast, saturation: float32 factors. hue: float32, in turns of the
@@ -137,7 +137,7 @@ def resize_matrix(length, size, device):
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-NO_JITTER = 4  # in the place of hue's turn
+NO_JITTER = 4  # the turn of patches without jitter
 
 
 def augment(x, params, n_by_turn):
@@ -145,7 +145,7 @@ def augment(x, params, n_by_turn):
 
     The patches are sorted: the hue of the first n_by_turn[0] is adjusted at turn 0, that of the next n_by_turn[1] at turn 1,
     and so on; the last n_by_turn[4] get no jitter. Each operation runs only on the patches that it applies to. Their indices
-    are known on the CPU, so the device is not waited for.
+    are known on the CPU, so the host does not wait for the device.
     """
     n_hues = sum(n_by_turn[:NO_JITTER])
     order = params["order"][:n_hues]

@@ -48,7 +48,7 @@ def make_textures(n, generator):
     """Return (images uint8 (n, 3, 32, 32), labels int64 (n,), class names): equally many of each family, in random order.
 
     Phase, orientation, scale (a period of 5 to 7 pixels) and the two near-grey colours are random in each image, and so is
-    which colour is the brighter one. So a single pixel tells nearly nothing of the class; its neighbourhood tells it.
+    which colour is the brighter one. So the class shows in neighbouring pixels, not in single ones.
     """
 
     def uniform(low, high, *shape):

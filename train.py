@@ -1,4 +1,4 @@
-"""Stage 1: train the encoder. train_step is the method; the rest repeats it, shows it and saves it."""
+"""Stage 1: train the encoder. train_step is one step of the method; the rest is the loop, its reports and checkpoints."""
 
 import math
 import shlex
@@ -29,7 +29,7 @@ REMEDY = "the last checkpoint is kept: lower lr (or set precision: fp32) in hpar
 
 @dataclass
 class TrainState:
-    """Where training stands. The names in STATE are saved; the clocks are this process's own."""
+    """State of the training loop. The fields in STATE are saved; the clocks belong to this process."""
 
     n_steps: int  # in an epoch
     step: int = 0  # steps done, over all epochs
@@ -38,9 +38,9 @@ class TrainState:
     recent: list = field(default_factory=list)  # STEP_METRICS (3,) of each step after those, on the device
     seconds: float = 0.0  # of training, up to resumed_at
     peak_memory: int = 0  # bytes
-    resumed_at: float = field(default_factory=time.monotonic)
-    saved_at: float = field(default_factory=time.monotonic)
-    reported_at: float = field(default_factory=time.monotonic)
+    resumed_at: float = 0.0  # time.monotonic() at the start, and when seconds was last updated
+    saved_at: float = 0.0
+    reported_at: float = 0.0
     n_timed: int = 0  # steps since reported_at
 
     def state_dict(self):
@@ -69,8 +69,8 @@ class TrainState:
 def train_step(network, optimizer, images, generator, views, criterion, max_patches=None, bf16=False):
     """Train on one batch and return STEP_METRICS (3,) on the device; the host never waits for it.
 
-    network: a model.Encoder, possibly wrapped. images: uint8 (B, 3, H, W) on its device; of several processes, this one's
-    shard, while the losses are of the whole batch. generator: a CPU torch.Generator. views: the patches.Views of training.
+    network: a model.Encoder, possibly wrapped. images: uint8 (B, 3, H, W) on its device. With several processes they are
+    this one's shard, and the losses are those of the whole batch. generator: a CPU torch.Generator. views: patches.Views.
     criterion: z (P, B, d) -> (total, invariance, uniformity). max_patches: patches in the network at once, None for all.
     bf16: run the network under bfloat16 autocast.
     """
@@ -155,18 +155,18 @@ def train(hp, run, encoder, images, bf16):
     state = restore(hp, run, optimizer, n_steps=len(pixels) // hp.bs, device=device)
     save = partial(save_checkpoint, hp, run, images.fingerprints, encoder, optimizer, state)
     if not run.checkpoint:
-        save()  # a folder that can't be written is found now
+        save()  # fail now if the folder is not writable
     log_memory(hp, encoder, pixels, bf16)
 
     encoder.train()
-    network = distributed.data_parallel(encoder, device)  # with the same weights
+    network = distributed.data_parallel(encoder, device)  # it shares the encoder's weights
     step = build_step(hp, torch.compile(network) if hp.compile else network, optimizer, bf16)
     n_total = n_steps_in(hp.n_epochs, state.n_steps)
     with hold_signals() as signals:
 
         def after_step(epoch, epoch_is_over):
             if hp.eval_freq and state.step % hp.eval_freq == 0:
-                state.reported_at += quick_knn(hp, run, encoder, images, state.place(epoch), bf16)  # the clock stands still
+                state.reported_at += quick_knn(hp, run, encoder, images, state.place(epoch), bf16)  # not counted in the speed
             due = time.monotonic() - state.saved_at > hp.checkpoint_every
             signum, due = distributed.all_reduce_max(signals[0] if signals else 0, due)
             if (signum or due) and not epoch_is_over:
@@ -239,7 +239,7 @@ def restore(hp, run, optimizer, n_steps, device):
         load_momenta(optimizer, checkpoint["optimizer"])
         state.load_state_dict(checkpoint["state"], device)
         epoch, step = position(checkpoint)
-        if "bs" in run.changed:  # as many images of the epoch are done; their losses were of other batches
+        if "bs" in run.changed:  # keep the position in images; the losses so far are of another batch size
             old_bs, _ = run.changed["bs"]
             left = n_steps_in(hp.n_epochs, n_steps) - epoch * n_steps
             step = min(step * old_bs // hp.bs, n_steps - 1, left - 1)
@@ -249,6 +249,7 @@ def restore(hp, run, optimizer, n_steps, device):
     run.journal.begin("training", checkpoint["metrics_bytes"] if checkpoint else 0)
     for name, (old, new) in run.changed.items():
         run.journal.add(event="changed", **state.place(state.step // max(1, n_steps)), name=name, old=old, new=new)
+    state.resumed_at = state.saved_at = state.reported_at = time.monotonic()
     return state
 
 
@@ -303,7 +304,7 @@ def log_memory(hp, encoder, pixels, bf16):
 
 @distributed.on_main_process
 def draw_patches(hp, images, path):
-    """Draw a picture, unless it is there: for each image (n, 3, H, W) a row of itself and up to 20 patches of it."""
+    """Write a picture unless it exists: one row for each image of (n, 3, H, W), with up to 20 of its patches."""
     if path.exists():
         return
     size, n = hp.input_size or images.shape[-1], min(hp.n_patches, 20)

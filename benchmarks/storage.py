@@ -45,7 +45,7 @@ def cost(device):
     step = build_step(hp, encoder, optimizer, pick_precision(hp.precision, device) == "bf16")
     images = torch.randint(0, 256, (hp.bs, 3, 32, 32), dtype=torch.uint8, device=device)
     metrics, bar = [], SimpleNamespace(disable=False, set_postfix_str=lambda text: None)
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder, Run(folder).opened(hp, {}) as run:
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder, Run(folder).opened(hp, {}, device) as run:
         run.prepare()
         state = restore(hp, run, optimizer, n_steps=500, device=device)
 

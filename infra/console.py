@@ -35,7 +35,7 @@ class ConsoleHandler(logging.Handler):
 
 
 def rank_filter(record):
-    """Let the main process speak alone; an error that only one process knows of passes with the number of its process."""
+    """Pass the records of the main process, and errors marked every_process with the number of their process."""
     if getattr(record, "every_process", False):
         record.msg = f"process {RANK}: {record.msg}" if WORLD_SIZE > 1 else record.msg
         return True

@@ -41,7 +41,7 @@ def pick_precision(name, device):
 
 
 def configure(device, deterministic=False):
-    """Set up torch in this process: for the same bits in each run, also on CUDA, or else for the fastest kernels."""
+    """Configure torch in this process: deterministic algorithms, or else the fastest kernels."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
     torch.use_deterministic_algorithms(deterministic)
@@ -53,7 +53,7 @@ def configure(device, deterministic=False):
 def keep_freed_memory():
     """Make glibc keep large blocks that were freed. By default it returns them to the system, which clears them again.
 
-    See "freed memory returned" in the README's table of choices: what steps and encoding take without it.
+    Its effect is in the README's table of choices, "freed memory returned".
     """
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
@@ -73,7 +73,7 @@ def to_device(tensor, device):
 
 
 def peak_memory(device):
-    """Return the most memory that was used so far, in bytes: the GPU's, else that of this process."""
+    """Return the peak memory so far in bytes, of the GPU or else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

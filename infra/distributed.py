@@ -20,7 +20,7 @@ def on_main_process(function):
 
 
 def local_device(name):
-    """Return the device name of this process: of the GPUs of its machine, the one with its local rank."""
+    """Return the name of this process's device: the GPU of its local rank."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if LAUNCHED and name in ("cuda", "auto") and torch.cuda.is_available() else name
 
 
@@ -48,7 +48,7 @@ def data_parallel(encoder, device):
 
 
 def no_sync(network, enabled):
-    """Within, if enabled, backward passes accumulate gradients and do not average them yet."""
+    """If enabled, backward passes in the block accumulate gradients without averaging them."""
     return network.no_sync() if WORLD_SIZE > 1 and enabled else nullcontext()
 
 
@@ -66,7 +66,7 @@ def shard(items):
 
 
 def shard_offset(n):
-    """Return (where this process's shard of n images begins in the batch, images in the batch)."""
+    """Return (index in the batch of the first image of this process's shard of n, batch size)."""
     return RANK * n, WORLD_SIZE * n
 
 
@@ -107,7 +107,7 @@ def all_reduce_sum(tensor):
 
 
 def all_reduce_max(*numbers):
-    """Return the maximum of each integer over the processes. It runs on the CPUs, also with CUDA: no GPU is waited for."""
+    """Return the maximum of each integer over the processes. It runs on the CPUs and does not wait for a GPU."""
     if WORLD_SIZE > 1:
         numbers = torch.tensor(numbers)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)

@@ -18,7 +18,7 @@ class UsageError(Exception):
 
 
 def explain(error):
-    """Return one line for an error that no code expected; too little memory and a full disk get a line of their own."""
+    """Return a one-line message for an unexpected error. Out of memory and a full disk have their own."""
     text = " ".join(str(error).split())
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:  # on CUDA, on the CPU
         return (f"out of memory ({text[:100]}): in hparams.yaml lower bs, n_patches or max_patches, or set precision: bf16, "

@@ -17,9 +17,9 @@ LAST_COMMIT = {2: "e156b6c"}  # the last commit that reads an earlier format
 
 @contextmanager
 def atomic_write(path, keep=None):
-    """Open a binary file for writing. It takes its place at `path` when the block ends, or vanishes if the block fails.
+    """Yield a temporary binary file; flush it and rename it to `path` if the block succeeds, else delete it.
 
-    The file is written as `path`.tmp, flushed to disk, then renamed. If `keep` is given, the old file is renamed to it.
+    If `keep` is given, the old file is renamed to that.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from infra import files
 from infra.console import log, progress_bar
 from infra.device import to_device
-from infra.distributed import main_process_first
+from infra.distributed import main_process_first, on_main_process
 from infra.errors import RunError, UsageError
 
 MANY = 1000  # files: from here on, several processes decode them and the result is cached
@@ -121,11 +121,12 @@ def decode_in_memory(paths, image_size):
 
 
 def decode_once(paths, folder, image_size):
-    """As decode_in_memory, by several processes, and kept in the cache folder. If images are more than LARGE bytes, they stay
-    in the file there: images is an ImageFile."""
+    """Like decode_in_memory, with several processes and a file of the cache folder. More than LARGE bytes of images stay in that
+    file: images is an ImageFile."""
     name, size = f"folder-{image_size}", len(paths) * 3 * image_size**2
     file = cache_path(name, folder).with_suffix(".u8")
 
+    @on_main_process  # several would write the same file
     def decode():
         file.parent.mkdir(parents=True, exist_ok=True)
         with files.atomic_write(file) as out:
@@ -140,6 +141,8 @@ def decode_once(paths, folder, image_size):
     except OSError as error:
         log.warning(f"the decoded images are not kept for the next time: {error}")
         return decode_in_memory(paths, image_size)
+    if content is None:
+        return decode_in_memory(paths, image_size)
     images = ImageFile(file, image_size, content["readable"], content["digests"])
     return {**content, "images": images if size > LARGE else images[:]}
 
@@ -150,11 +153,12 @@ def decode_with_processes(file, paths, image_size):
     decode = functools.partial(decode_each, image_size=image_size, store=functools.partial(write_image, file))
     digests, failures = {}, {}
     # Processes, not threads: Python's lock makes two threads half as fast as one.
-    with ProcessPoolExecutor(initializer=leave_signals_to_the_parent) as pool:
-        results = pool.map(decode, chunks, [paths[rows.start : rows.stop] for rows in chunks])
-        for stored, unreadable in progress_bar(results, "decode", total=len(chunks), unit=" images", unit_scale=CHUNK):
+    bar = progress_bar(None, "decode", total=len(paths))
+    with bar, ProcessPoolExecutor(initializer=leave_signals_to_the_parent) as pool:
+        for stored, unreadable in pool.map(decode, chunks, [paths[rows.start : rows.stop] for rows in chunks]):
             digests |= stored
             failures |= unreadable
+            bar.update(len(stored) + len(unreadable))
     return digests, failures
 
 
@@ -180,8 +184,8 @@ def cache_path(name, folder):
 def cached(name, folder, paths, read, is_whole=lambda: True):
     """Return the result of read(), a dict of tensors and plain values, and keep it in the cache folder for the next time.
 
-    It is read again if the size or time of a file in `paths` has changed, if the version of Pillow has, or if a file that
-    read() writes besides is not whole.
+    It is read again if the size or time of a file in `paths` or the version of Pillow has changed, or if is_whole() is false:
+    whether another file that read() writes is complete.
     """
     listing = [(str(path), *size_and_time(path)) for path in paths]
     key = hashlib.sha256(repr([PIL.__version__, listing]).encode()).hexdigest()
@@ -193,6 +197,8 @@ def cached(name, folder, paths, read, is_whole=lambda: True):
     except (RunError, UsageError):  # missing, damaged, or of an earlier version
         pass
     content = read()
+    if content is None:
+        return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.save(path, {**content, "key": key})

@@ -12,13 +12,17 @@ from infra.errors import RunError
 def locked(path):
     """Hold the lock file `path` in its folder, which is made if need be. A folder that was made and stays empty is removed.
 
-    The lock is the system's (flock) and ends with its process, however that ends: the file that a killed process leaves locks
-    nothing. The file holds the pid of its owner. Raises RunError, with that pid, if another process holds the lock, or if
-    nothing can be written there. Of several processes the main one holds it for all.
+    The lock is a flock: the system releases it when the process ends, however that ends. A leftover file has no effect. The
+    file holds the pid of its owner. Raises RunError, with that pid, if another process holds the lock, or if nothing can be
+    written there. With several processes, the main one holds it for all.
     """
     made = [folder for folder in path.parents if not folder.exists()]
     file = take(path)
     try:
+        if file:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
     finally:
         if file:
@@ -31,7 +35,7 @@ def locked(path):
 
 @on_main_process
 def take(path):
-    """Lock the file, write the pid of this process into it, and return it, open."""
+    """Return the lock file, open and locked."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115, closed by `locked`
@@ -43,9 +47,6 @@ def take(path):
         with file:
             file.seek(0)
             raise RunError(f"{path.parent} is in use by process {file.read() or 'unknown'}: wait for it or stop it") from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
     return file
 
 

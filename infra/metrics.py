@@ -20,11 +20,11 @@ from infra import files
 from infra.console import PLAIN, log
 from infra.distributed import WORLD_SIZE, on_main_process
 
-POSITION = {"epoch", "step", "global_step", "probe_epoch"}  # what of a line of metrics.jsonl is no metric
+POSITION = {"epoch", "step", "global_step", "probe_epoch"}  # keys of a line of metrics.jsonl that are not metrics
 
 
 def environment(device, precision):
-    """Return what the figures of a run depend on beside its settings, as a dict of plain values."""
+    """Return the hardware and software of a run, as a dict of plain values."""
     processor = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())  # some ARM processors have none
@@ -68,7 +68,7 @@ class Journal:
     def __init__(self, launch, launches_path, metrics_path, board=None):
         self.launches_path, self.metrics_path, self.board = launches_path, metrics_path, board
         self.launches = None  # until begin
-        self.launch = {**launch, **git_commit(), "processes": WORLD_SIZE, "start": now(), "end": None, "outcome": None,
+        self.launch = {**launch, "processes": WORLD_SIZE, "start": now(), "end": None, "outcome": None,
                        "stages": [], "seconds": {}}  # fmt: skip
 
     def __enter__(self):
@@ -87,7 +87,7 @@ class Journal:
 
     @on_main_process
     def begin(self, stage=None, metrics_bytes=None):
-        """Record that the launch works on a stage. Cut metrics.jsonl to metrics_bytes first: later lines will come again."""
+        """Record that the launch works on a stage. Cut metrics.jsonl to metrics_bytes first: later lines are written again."""
         if not self.launches:
             self.launches = [*read_launches(self.launches_path), self.launch]
         self.write(stages=self.launch["stages"] + [stage] * bool(stage))
@@ -184,5 +184,5 @@ class Board:
         x = embeddings - embeddings.mean(0)
         components = torch.linalg.svd(x, full_matrices=False).Vh[:n_dims]
         sprites = F.interpolate(images.float() / 255, size=(32, 32), mode="bilinear", antialias=True)
-        (self.folder / "projector_config.pbtxt").unlink(missing_ok=True)  # it would get a second entry
+        (self.folder / "projector_config.pbtxt").unlink(missing_ok=True)  # add_embedding appends to it
         self.writer.add_embedding(x @ components.T, names, sprites, tag="test")

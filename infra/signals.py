@@ -20,7 +20,7 @@ def raise_interrupted(signum, frame):
 
 @contextmanager
 def handling(handler):
-    """Send SIGINT and SIGTERM to the handler within. Threads can't have handlers: there nothing changes."""
+    """Within the block, SIGINT and SIGTERM call the handler. In threads other than the main one it does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,5 +1,6 @@
 """Remove the older epoch checkpoints of every experiment in a folder."""
 
+import os
 from pathlib import Path
 
 from experiment import Run
@@ -23,7 +24,7 @@ def cleanup_command(args):
         raise UsageError(f"keep must be at least 1, not {args.keep}")
     if not args.log_folder.is_dir():
         raise UsageError(f"log_folder {args.log_folder} is not a folder")
-    runs = [run for run in map(Run, sorted(args.log_folder.iterdir())) if run.hparams_yaml.exists()]
+    runs = [run for run in map(Run, sorted(args.log_folder.iterdir())) if os.path.exists(run.hparams_yaml)]
     old = [path for run in runs for path in run.epoch_checkpoints()[: -args.keep]]
     size = sum(path.stat().st_size for path in old)
     for path in old:
@@ -38,7 +39,7 @@ def cleanup_command(args):
 
 
 def confirmed(question):
-    """Ask on the terminal; an end of the input means no."""
+    """Ask; the end of the input counts as no."""
     try:
         return input(question).strip().lower() in ("y", "yes")
     except EOFError:

@@ -23,7 +23,7 @@ def add_commands(commands):
         "whether they are finished."))  # fmt: skip
     parser.add_argument("log_folder", type=Path, metavar="LOG_FOLDER", help="folder of run folders")
     parser.add_argument("--csv", action="store_true", help="comma-separated values")
-    parser.add_argument("--sort", metavar="KEY", help="a column: accuracies fall, others rise (default: by name)")
+    parser.add_argument("--sort", metavar="KEY", help="sort by this column; accuracies descending (default: by name)")
     parser.set_defaults(command=compare_command)
 
 
@@ -35,8 +35,8 @@ def compare_command(args):
 def table(log_folder, sort=None):
     """Return (columns, rows). The columns are the name, the settings that differ, and RESULTS. A row is a dict.
 
-    sort: a column; accuracies fall, others rise, unknown values come last. Default: by name. Raises UsageError if there is no
-    experiment, or no such column.
+    sort: a column; accuracies descending, others ascending, unknown values last. Default: by name. Raises UsageError if there
+    is no experiment, or no such column.
     """
     runs = [run for run in map(Run, sorted(Path(log_folder).glob("*"))) if is_run_folder(run)]
     if not runs:

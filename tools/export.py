@@ -1,4 +1,4 @@
-"""Take the encoder away: weights with torchvision's names, safetensors, an ONNX graph, or embeddings of any folder."""
+"""Export the encoder: weights with torchvision's names, safetensors, an ONNX graph, or embeddings of any folder."""
 
 import copy
 import importlib.util
@@ -26,7 +26,7 @@ EXTENSIONS = {"torchvision": ".pt", "safetensors": ".safetensors", "onnx": ".onn
 def add_commands(commands):
     """Add the commands export and embed."""
     parser = commands.add_parser("export", help="write the encoder for torchvision, safetensors or ONNX", description=(
-        "Write the encoder into the run folder's export/, and beside it what one must know to use it."))  # fmt: skip
+        "Write the encoder into the run folder's export/, with a JSON file that describes its use."))  # fmt: skip
     parser.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
     parser.add_argument("--format", required=True, choices=tuple(EXTENSIONS), help="torchvision: a state dict")
     parser.add_argument("--head", action="store_true", help="with the feature layer, whose output the probe sees")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data import Images, balanced_subset
 from evaluate import METRICS
-from experiment import Run
+from experiment import Run, load_checkpoint
 from hparams import SETTINGS, yaml_value
 from infra import files
 from infra.console import log
@@ -43,24 +43,21 @@ class Picture(NamedTuple):
 def add_commands(commands):
     """Add the command report."""
     parser = commands.add_parser("report", help="a run as one page, report.html", description=(
-        "Print what a run ran in, and write report.html into its folder: one page with settings, result, curves and pictures."))
+        "Print the environment of each launch, and write report.html: one page with settings, result, curves and pictures."))
     parser.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
     parser.set_defaults(command=report_command)
 
 
 def report_command(args):
     """Write report.html. If the run is not finished or its images are gone, the page says what is missing."""
-    for module in ("matplotlib", "sklearn"):
+    for module, package in (("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")):
         if importlib.util.find_spec(module) is None:
-            raise UsageError(f"report needs {module}: pip install matplotlib scikit-learn")
+            raise UsageError(f"report needs {package}: pip install matplotlib scikit-learn")
     run = Run(args.exp_dir)
-    hp, expected = run.read_hparams(), load(run.last).get("data")
-    try:
-        images = Images(hp, expected)
-        image_sets, missing = {split: images[split] for split in ("train", "test")}, ""
-    except (UsageError, RunError) as error:
-        image_sets, missing = {"train": None, "test": None}, str(error)
-        log.warning(f"no pictures of images: {error}")
+    hp = run.read_hparams()
+    image_sets, missing = read_images(run, hp)
+    if missing:
+        log.warning(f"no pictures of images: {missing}")
     for launch in run.read_launches():
         for name, value in launch.items():
             if name != "hparams":
@@ -70,11 +67,28 @@ def report_command(args):
     log.info(f"* Report: {run.report}, {run.report.stat().st_size / 1e6:.1f} MB")
 
 
+def read_images(run, hp):
+    """Return ({split: ImageSet or None}, why there are none). The images must be those that the run was trained on.
+
+    Raises UsageError if an earlier version of the program wrote the run.
+    """
+    none = {"train": None, "test": None}
+    try:
+        expected = load_checkpoint(run.last)["data"]
+    except RunError as error:
+        return none, str(error)
+    try:
+        images = Images(hp, expected)
+        return {split: images[split] for split in none}, ""
+    except (RunError, UsageError) as error:
+        return none, str(error)
+
+
 def load(path):
-    """Return the content of a file of torch.save, {} if it is missing or damaged."""
+    """Return the content of a file of torch.save, {} if it is missing, damaged, or of an earlier version."""
     try:
         return files.load(path)
-    except RunError:
+    except (RunError, UsageError):
         return {}
 
 
@@ -165,7 +179,7 @@ def patches(run):
 
 @contextmanager
 def drawing(ink=INK):
-    """Draw with matplotlib in this colour of text and axes within."""
+    """Within the block, matplotlib draws text and axes in this colour."""
     import matplotlib
 
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")

@@ -4,6 +4,8 @@ import errno
 import os
 import pickle
 import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +78,7 @@ def rewrite(exp_dir, change):
         (lambda text: text.replace("bs: 4", "bs: four"), ("bs must be a whole number", "'four'")),
         (lambda text: text.replace("bs: 4", "bs: 4.0"), ("bs", "4.0")),
         (lambda text: text.replace("bs: 4", "bs: null"), ("bs", "None")),
+        (lambda text: text.replace("lr: 0.3", f"lr: {'9' * 400}"), ("lr", "too large")),
         (lambda text: text.replace("lr: 0.3", "lr: '0.3'"), ("lr", "'0.3'")),
         (lambda text: text.replace("lr: 0.3", "lr: .nan"), ("lr", "nan")),
         (lambda text: text.replace("batch_norm: true", "batch_norm: 1"), ("batch_norm must be true or false",)),
@@ -141,6 +144,29 @@ def test_a_run_folder_of_an_earlier_version(copy):
     for argv in (["resume"], ["export", "--format", "torchvision"], ["report"]):
         assert refused(run(*argv, "--exp_dir", copy), 2, "earlier version", "git checkout e156b6c")
     assert fingerprints(copy) == before
+
+
+def test_results_of_an_earlier_version_are_computed_again(tiny, finished, tmp_path):
+    """The checkpoints of such a folder were removed, and it is trained again."""
+    exp_dir = shutil.copytree(finished, tmp_path / RUN)
+    shutil.rmtree(exp_dir / "checkpoints")
+    for path in (*(exp_dir / "artifacts").iterdir(), exp_dir / "probe.pt"):
+        torch.save({**files.load(path), "format": 2}, path)
+    result = run(*tiny, "--log_folder", tmp_path)
+    assert result.code == 0, result.err
+    assert result.err.count("earlier version") == 3
+    assert contents(exp_dir) == contents(finished)
+
+
+def test_a_folder_that_was_made_for_nothing_is_removed(tiny, tmp_path, monkeypatch):
+    """The disk is full when the pid is written into the lock."""
+    monkeypatch.setattr(lock, "os", SimpleNamespace(getpid=full_disk))
+    assert refused(run(*tiny, "--log_folder", tmp_path / "logs"), 1, "no space left on the disk")
+    assert not (tmp_path / "logs").exists()
+
+
+def full_disk():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Evil:

@@ -1,4 +1,5 @@
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 
@@ -98,6 +99,19 @@ def test_a_run_without_its_images(copy, tmp_path):
     page, result = page_of(copy)
     assert str(tmp_path / "gone") in page.text and "no pictures of images" in result.err
     assert "Confusions" in page.text and not any("neighbour" in image["alt"] for image in page.images)
+
+
+def test_images_are_shown_only_if_they_are_those_of_the_run(copy, images, tmp_path):
+    """Without a checkpoint nobody knows, and with it others are refused."""
+    other = shutil.copytree(images, tmp_path / "other")
+    (other / "test" / "down" / "0.png").unlink()
+    edit(copy, data_dir=other)
+    page, _ = page_of(copy)
+    assert "are not those that this run was trained on" in page.text
+    edit(copy, data_dir=images)
+    (copy / "checkpoints" / "last.pt").unlink()
+    page, _ = page_of(copy)
+    assert "last.pt can't be read" in page.text and not any("neighbour" in image["alt"] for image in page.images)
 
 
 def test_images_without_labels_and_a_name_that_is_html(tiny, tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision import datasets
 
 import data
-from infra import image_cache
+from infra import distributed, image_cache
 from infra.device import generator
 from infra.errors import RunError, UsageError
 
@@ -250,6 +250,17 @@ def test_many_images_are_decoded_once(tmp_path, monkeypatch, capsys, cache):
     images = data.load_images("folder", tmp_path, True).images
     assert len(images) == 119
     assert "not kept" in capsys.readouterr().err
+
+
+def test_another_process_than_the_main_one_decodes_into_memory(tmp_path, monkeypatch, cache):
+    """Unless it finds the cache: several processes would write the same file."""
+    monkeypatch.setattr(image_cache, "MANY", 4)
+    write_many(tmp_path / "train", 10)
+    before = set(cache.iterdir())
+    monkeypatch.setattr(distributed, "RANK", 1)
+    assert data.load_images("folder", tmp_path, True).images[:, 0, 0, 0].tolist() == list(range(10))
+    assert set(cache.iterdir()) == before
+    monkeypatch.undo()
 
 
 def test_an_image_with_odd_exif_does_no_harm(tmp_path):

@@ -92,6 +92,17 @@ def test_a_step_never_waits_for_the_device(device, uniformity_loss, monkeypatch)
         torch.zeros(2, device="meta").sum().item()
 
 
+@pytest.mark.parametrize(("max_patches", "seen"), [(None, [8]), (8, [8]), (7, [4, 4] * 2), (3, [3, 3, 2] * 2)])
+def test_max_patches_bounds_what_is_in_the_network_at_once(max_patches, seen):
+    """With a bound each patch passes twice: without a graph, and then with one."""
+    hp, found = Hparams(n_patches=2, h_dim=8, z_dim=4, max_patches=max_patches), []
+    encoder = Encoder("resnet18-tiny", 8, 4)
+    encoder.backbone.conv1.register_forward_hook(lambda conv, args, out: found.append(len(args[0])))
+    step = train.build_step(hp, encoder, train.build_optimizer(hp, encoder), bf16=False)
+    step(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), generator(0, "t"))
+    assert found == seen
+
+
 def test_the_memory_of_a_step_is_told_before_and_warned_of(tiny, tmp_path, monkeypatch):
     """What autograd keeps of a patch, counted by hand for an encoder without a backbone; and the lines about it."""
     encoder = Encoder("resnet18-tiny", h_dim=32, z_dim=16, activation="tanh")
