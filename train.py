@@ -61,6 +61,11 @@ class TrainState:
     def clear_totals(self):
         self.totals, self.n_totals, self.recent = torch.zeros(3), 0, []
 
+    @property
+    def position(self):
+        """(epoch, steps done in it)."""
+        return divmod(self.step, max(1, self.n_steps))
+
     def place(self, epoch):
         """Return where a line of metrics.jsonl belongs: the epoch, and the steps done in it and in all."""
         return {"epoch": epoch, "step": self.step - epoch * self.n_steps, "global_step": self.step}
@@ -182,7 +187,7 @@ def train(hp, run, encoder, images, bf16):
 
 def train_epoch(hp, run, state, pixels, optimizer, step, after_step):
     """Train to the end of the epoch, or to the end of training if that comes first."""
-    epoch, first = divmod(state.step, state.n_steps)
+    epoch, first = state.position
     n_total = n_steps_in(hp.n_epochs, state.n_steps)
     last = min(state.n_steps, n_total - epoch * state.n_steps)
     device = optimizer.param_groups[0]["params"][0].device
@@ -227,7 +232,7 @@ def raise_if(signum, run, state):
     """Raise Interrupted if a signal came to any process, after the checkpoint was written."""
     if signum:
         distributed.barrier()
-        epoch, step = divmod(state.step, state.n_steps)
+        epoch, step = state.position
         command = f"python main.py resume --exp_dir {shlex.quote(str(run.dir))}"
         raise Interrupted(signum, f"stopped at epoch {epoch} step {step}; go on with: {command}")
 
@@ -248,7 +253,7 @@ def restore(hp, run, optimizer, n_steps, device):
         log.info(f"* Going on at epoch {epoch} step {step}")
     run.journal.begin("training", checkpoint["metrics_bytes"] if checkpoint else 0)
     for name, (old, new) in run.changed.items():
-        run.journal.add(event="changed", **state.place(state.step // max(1, n_steps)), name=name, old=old, new=new)
+        run.journal.add(event="changed", **state.place(state.position[0]), name=name, old=old, new=new)
     state.resumed_at = state.saved_at = state.reported_at = time.monotonic()
     return state
 
@@ -265,18 +270,13 @@ def save_checkpoint(hp, run, fingerprints, encoder, optimizer, state):
     """Write a checkpoint. Raises RunError, and writes nothing, if a loss, gradient or weight is not finite."""
     check_finite(state)
     if not all(value.isfinite().all() for value in encoder.state_dict().values()):
-        epoch, step = divmod(state.step, max(1, state.n_steps))
+        epoch, step = state.position
         raise RunError(f"epoch {epoch} step {step}: weights are not finite; {REMEDY}")
     now = time.monotonic()
     state.seconds, state.resumed_at = state.seconds + now - state.resumed_at, now
     state.peak_memory = max(state.peak_memory, peak_memory(next(encoder.parameters()).device))
-    run.save_checkpoint({
-        "hparams": asdict(hp),
-        "data": fingerprints,
-        "encoder": encoder.state_dict(),
-        "optimizer": optimizer.state_dict()["state"],
-        "state": state.state_dict(),
-    })  # fmt: skip
+    run.save_checkpoint({"hparams": asdict(hp), "data": fingerprints, "encoder": encoder.state_dict(),
+                         "optimizer": optimizer.state_dict()["state"], "state": state.state_dict()})  # fmt: skip
     state.saved_at = time.monotonic()
 
 

@@ -64,8 +64,7 @@ def content(name):
 def as_picture(figure):
     """Return a figure of matplotlib as a PIL image."""
     out = io.BytesIO()
-    with report.drawing(DARK):
-        figure.savefig(out, format="png", dpi=80, facecolor="white", bbox_inches="tight")
+    figure.savefig(out, format="png", dpi=80, facecolor="white", bbox_inches="tight")
     return Image.open(out).convert("RGB")
 
 
@@ -85,8 +84,8 @@ def draw(exp_dir, folder=ROOT / "pictures", results=RESULTS):
     test, class_names = files.load(run.artifacts["test"]), files.load(run.probe)["class_names"]
     pictures = {
         "patches": Image.open(run.patches).convert("RGB").reduce(2),  # it is enlarged twice
-        "curves": beside([as_picture(figure) for figure, text in report.curves(run, DARK) if text.startswith(CURVES)]),
-        "map": as_picture(report.map_figure(test["embeddings"], test["labels"], class_names, DARK)),
+        "curves": beside([as_picture(figure) for figure, text in report.curves(run) if text.startswith(CURVES)]),
+        "map": as_picture(report.map_figure(test["embeddings"], test["labels"], class_names)),
     }
     folder.mkdir(exist_ok=True)
     for name, picture in pictures.items():
@@ -101,6 +100,7 @@ if __name__ == "__main__":
     parser.add_argument("--pictures", type=Path, metavar="EXP_DIR", help="draw the pictures of this run folder first")
     options = parser.parse_args()
     if options.pictures:
-        draw(options.pictures)
+        with report.drawing(DARK):
+            draw(options.pictures)
     for path in TEXTS:
         path.write_text(render(path.read_text()))

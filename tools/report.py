@@ -62,7 +62,7 @@ def report_command(args):
         for name, value in launch.items():
             if name != "hparams":
                 log.info(f"{name:16} {value}")
-    with files.atomic_write(run.report) as file:
+    with drawing(), files.atomic_write(run.report) as file:
         file.write(page(run, hp, image_sets, missing).encode())
     log.info(f"* Report: {run.report}, {run.report.stat().st_size / 1e6:.1f} MB")
 
@@ -155,8 +155,7 @@ def data_uri(content, kind):
 def svg(figure, alt):
     """Return a figure as an SVG Picture in the colours of the reader's theme."""
     out = io.StringIO()
-    with drawing():
-        figure.savefig(out, format="svg", transparent=True, bbox_inches="tight")
+    figure.savefig(out, format="svg", transparent=True, bbox_inches="tight")
     text = out.getvalue().replace(INK, "currentColor")
     start = text.index(">", text.index("<svg")) + 1
     return Picture(data_uri((text[:start] + THEME + text[start:]).encode(), "svg+xml"), alt)
@@ -187,29 +186,27 @@ def drawing(ink=INK):
         yield
 
 
-def axes(width, height, title="", ink=INK):
+def axes(width, height, title=""):
     """Return (figure, its one Axes). The size is in inches."""
     from matplotlib.figure import Figure
 
-    with drawing(ink):
-        figure = Figure((width, height))
-        ax = figure.subplots()
-        ax.set_title(title, fontsize=10)
-        ax.spines[["top", "right"]].set_visible(False)
+    figure = Figure((width, height))
+    ax = figure.subplots()
+    ax.set_title(title, fontsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
     return figure, ax
 
 
-def curves(run, ink=INK):
+def curves(run):
     """Return (figure, its alternative text) of each curve in metrics.jsonl."""
     rows, drawn = files.read_jsonl(run.metrics), []
     for name, title in CURVES.items():
         x, x_label = ("probe_epoch", "epoch of the probe") if name == "top1" else ("global_step", "step")
         points = [(row[x], row[name]) for row in rows if name in row and x in row]
         if points:
-            figure, ax = axes(3.4, 2.1, title, ink)
-            with drawing(ink):
-                ax.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
-                ax.set_xlabel(x_label)
+            figure, ax = axes(3.4, 2.1, title)
+            ax.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
+            ax.set_xlabel(x_label)
             drawn.append((figure, f"{title}: {points[0][1]:.4g} at first, {points[-1][1]:.4g} at last"))
     return drawn
 
@@ -219,14 +216,13 @@ def bars(seconds):
     if not seconds:
         return None
     figure, ax = axes(3.4, 1.4)
-    with drawing():
-        ax.barh(list(seconds), list(seconds.values()))
-        ax.invert_yaxis()
-        ax.set_xlabel("seconds")
+    ax.barh(list(seconds), list(seconds.values()))
+    ax.invert_yaxis()
+    ax.set_xlabel("seconds")
     return svg(figure, "seconds per stage: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in seconds.items()))
 
 
-def map_figure(embeddings, labels, class_names, ink=INK, n=1000):
+def map_figure(embeddings, labels, class_names, n=1000):
     """Draw up to n embeddings (N, d) in two dimensions, coloured by class: t-SNE by cosine, of 50 principal components."""
     from matplotlib import colormaps
     from sklearn.manifold import TSNE
@@ -237,16 +233,15 @@ def map_figure(embeddings, labels, class_names, ink=INK, n=1000):
     x = x @ torch.linalg.svd(x, full_matrices=False).Vh[:50].T
     perplexity = min(30, max(1, (len(x) - 1) / 3))
     points = TSNE(perplexity=perplexity, init="random" if len(x) < 5 else "pca", random_state=0).fit_transform(x.numpy())
-    figure, ax = axes(4.2, 4.2, "", ink)
-    with drawing(ink):
-        ax.set_axis_off()
-        groups = [(name, labels[some] == i) for i, name in enumerate(class_names)] if labels is not None else [("", slice(None))]
-        C = len(groups)
-        palette = colormaps["tab10"] if C <= 10 else colormaps["tab20"] if C <= 20 else colormaps["hsv"].resampled(C)
-        for i, (name, rows) in enumerate(groups):
-            ax.scatter(*points[rows].T, s=5, color=palette(i), label=name, linewidths=0)
-        if 1 < C <= 20:
-            ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, markerscale=3, columnspacing=1, handletextpad=0.2)
+    figure, ax = axes(4.2, 4.2)
+    ax.set_axis_off()
+    groups = [(name, labels[some] == i) for i, name in enumerate(class_names)] if labels is not None else [("", slice(None))]
+    C = len(groups)
+    palette = colormaps["tab10"] if C <= 10 else colormaps["tab20"] if C <= 20 else colormaps["hsv"].resampled(C)
+    for i, (name, rows) in enumerate(groups):
+        ax.scatter(*points[rows].T, s=5, color=palette(i), label=name, linewidths=0)
+    if 1 < C <= 20:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, markerscale=3, columnspacing=1, handletextpad=0.2)
     return figure
 
 
@@ -258,17 +253,16 @@ def confusion_matrix(truth, predicted, n_classes):
 def confusion_figure(matrix, class_names):
     C = len(class_names)
     figure, ax = axes(4.2, 4.2)
-    with drawing():
-        share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-        ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        ax.set_xlabel("predicted")
-        ax.set_ylabel("true")
-        if C <= 20:
-            ax.set_xticks(range(C), class_names, rotation=90)
-            ax.set_yticks(range(C), class_names)
-            for i, j in matrix.nonzero().tolist():
-                colour = "white" if share[i, j] > 0.5 else "black"
-                ax.text(j, i, int(matrix[i, j]), ha="center", va="center", fontsize=6, color=colour)
+    share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    ax.set_xlabel("predicted")
+    ax.set_ylabel("true")
+    if C <= 20:
+        ax.set_xticks(range(C), class_names, rotation=90)
+        ax.set_yticks(range(C), class_names)
+        for i, j in matrix.nonzero().tolist():
+            colour = "white" if share[i, j] > 0.5 else "black"
+            ax.text(j, i, int(matrix[i, j]), ha="center", va="center", fontsize=6, color=colour)
     return figure
 
 
