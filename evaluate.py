@@ -1,5 +1,6 @@
 """Stages 2 and 3: encode the images, then measure the representation by a linear probe and by nearest neighbours."""
 
+import collections
 import functools
 import math
 import shutil
@@ -58,7 +59,7 @@ def encode(encoder, images, views, rng, bs=100, output=Output(), progress=iter):
         pooled = {name: tensor.float().unflatten(0, x.shape[:2]) for name, tensor in pooled.items()}  # (V, B, dim)
         embeddings[rows] = pooled["features" if output.emb_pool == "features" else "projections"].mean(0)
         for name, tensor in saved.items():
-            tensor[rows] = pooled[name].transpose(0, 1)  # (B, V, dim)
+            tensor[rows] = pooled[name].transpose(0, 1).half()  # (B, V, dim)
     saved["embeddings"] = embeddings.cpu()
     return {"n_views": views.count, **{name: distributed.all_reduce_sum(tensor) for name, tensor in saved.items()}}
 
@@ -114,14 +115,14 @@ def quick_knn(hp, run, encoder, images, place, bf16):
     """
     start, tensors = time.monotonic(), []
     distributed.broadcast_buffers(encoder)  # all processes encode with the same batch-norm statistics
-    views = hp.test_views._replace(n=min(4, hp.test_views.n))
+    views, device = hp.test_views._replace(n=min(4, hp.test_views.n)), next(encoder.parameters()).device
     for split, limit in (("train", 5000), ("test", 1000)):
         pixels, labels, class_names = images[split]
         some = balanced_subset(labels, len(pixels), min(limit, len(pixels)), generator(hp.seed, f"knn-{split}"))
         rng = functools.partial(generator, hp.seed, f"encode-knn-{split}")
-        pixels = on_device(subset(pixels, some), next(encoder.parameters()).device)
+        pixels = on_device(subset(pixels, some), device)
         encoded = encode(encoder, pixels, views, rng, hp.bs, Output(hp.emb_pool, bf16=bf16))
-        tensors += [encoded["embeddings"], labels[some]]
+        tensors += [encoded["embeddings"].to(device), labels[some].to(device)]
     top1 = knn(*tensors, len(class_names))
     run.journal.add(**place, knn_top1=top1)
     log.info(f"epoch {place['epoch']} step {place['step']} | kNN {top1:.2f}%")
@@ -170,8 +171,8 @@ def choose_lr(x, y, n_classes, fit, progress):
     """Return the best of LRS on a tenth of x that the fit does not see, and {lr: top-1 on the tenth}."""
     order = to_device(torch.randperm(len(x), generator=generator(fit.seed, "held-out")), x.device)
     tenth, rest = order.split([len(x) // 10, len(x) - len(x) // 10])
-    for layers in softmax_regressions(x[rest], y[rest], LRS, n_classes, fit, progress):
-        held_out = {rate: accuracy(layer, x[tenth], y[tenth])[0] for rate, layer in zip(LRS, layers, strict=True)}
+    (layers,) = collections.deque(softmax_regressions(x[rest], y[rest], LRS, n_classes, fit, progress), maxlen=1)  # the last
+    held_out = {rate: accuracy(layer, x[tenth], y[tenth])[0] for rate, layer in zip(LRS, layers, strict=True)}
     return max(LRS, key=lambda rate: (held_out[rate], -abs(math.log(rate / AUTHORS_LR)))), held_out  # ties: nearest to AUTHORS_LR
 
 
@@ -182,24 +183,23 @@ def softmax_regressions(x, y, lrs, n_classes, fit, progress):
     The arguments are those of linear_probe. After each epoch, yields the layers (nn.Linear) in the order of lrs.
     """
     L, C, d = len(lrs), n_classes, x.shape[1]
-    W, b = torch.zeros(L * C, d, device=x.device), torch.zeros(L * C, device=x.device)  # convex, so zeros are a good start
-    W_buffer, b_buffer = torch.zeros_like(W), torch.zeros_like(b)
-    rates = torch.tensor(lrs, device=x.device).repeat_interleave(C)  # (L C,)
-    target, x = F.one_hot(y, C).float(), x.bfloat16() if fit.bf16 else x
+    x = F.pad(x.bfloat16() if fit.bf16 else x, (0, 1), value=1.0)  # (N, d + 1): the last column multiplies the bias
+    W = torch.zeros(L * C, d + 1, device=x.device)  # convex, so zeros are a good start
+    momentum = torch.zeros_like(W)
+    rates, target = torch.tensor(lrs).repeat_interleave(C)[:, None], F.one_hot(y, C).float()
     rows = torch.empty_like(x[: fit.bs])
     for epoch in progress(range(fit.n_epochs)):
-        step = -rates / 2 * (1 + math.cos(math.pi * epoch / fit.n_epochs))
+        step = to_device(-rates / 2 * (1 + math.cos(math.pi * epoch / fit.n_epochs)), x.device)  # (L C, 1)
         order = to_device(torch.randperm(len(x), generator=generator(fit.seed, "probe", epoch)), x.device)
-        for batch in order.split(fit.bs):
+        targets = target[order, None].split(fit.bs)  # (bs, 1, C) each
+        for batch, batch_target in zip(order.split(fit.bs), targets, strict=True):
             # The gradient of softmax regression, written out: autograd and torch.optim take 2x as long for so little work.
-            batch_x = torch.index_select(x, 0, batch, out=rows[: len(batch)])  # (bs, d)
-            logits = (batch_x @ W.to(x.dtype).T).float().add_(b).unflatten(1, (L, C))  # (bs, L, C)
-            error = logits.softmax(2).sub_(target[batch, None]).flatten(1)  # (bs, L C)
-            W_buffer.mul_(0.9).add_(error.to(x.dtype).T @ batch_x, alpha=1 / len(batch)).add_(W, alpha=fit.weight_decay)
-            b_buffer.mul_(0.9).add_(error.mean(0)).add_(b, alpha=fit.weight_decay)
-            W.addcmul_(W_buffer, step[:, None])
-            b.addcmul_(b_buffer, step)
-        yield [linear(weight, bias) for weight, bias in zip(W.split(C), b.split(C), strict=True)]
+            batch_x = torch.index_select(x, 0, batch, out=rows[: len(batch)])  # (bs, d + 1)
+            logits = (batch_x @ W.to(x.dtype).T).unflatten(1, (L, C))
+            error = logits.softmax(2, dtype=torch.float32).sub_(batch_target).div_(len(batch)).flatten(1)  # (bs, L C)
+            torch.add(error.to(x.dtype).T @ batch_x, momentum, alpha=0.9, out=momentum).add_(W, alpha=fit.weight_decay)
+            W.addcmul_(momentum, step)
+        yield [linear(weight[:, :-1], weight[:, -1]) for weight in W.split(C)]
 
 
 def linear(weight, bias):

@@ -136,7 +136,7 @@ class Run:
         epoch, step = position(content)
         if step == 0 and epoch > 0:
             files.save(self.checkpoints / f"{epoch - 1}.pt", content)
-            files.save(self.last, content)
+            files.link(self.checkpoints / f"{epoch - 1}.pt", self.last)
             files.remove(self.previous)
         else:
             files.save(self.last, content, keep=self.previous)

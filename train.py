@@ -17,11 +17,11 @@ from infra import distributed, files
 from infra.console import log, log_stage, progress_bar, time_left
 from infra.device import generator, peak_memory, saved_bytes, total_memory
 from infra.errors import RunError, UsageError
-from infra.image_cache import batches, on_device
+from infra.image_cache import batches, index_for, on_device
 from infra.signals import Interrupted, hold_signals
 from lars import LARS
 from loss import emp_ssl_loss
-from patches import sample_patches
+from patches import batch_params, render, sample_patches
 
 STEP_METRICS = ("invariance loss", "uniformity loss", "gradient norm")  # of each step, in this order
 REMEDY = "the last checkpoint is kept: lower lr (or set precision: fp32) in hparams.yaml, then resume"
@@ -79,9 +79,10 @@ def train_step(network, optimizer, images, generator, views, criterion, max_patc
     criterion: z (P, B, d) -> (total, invariance, uniformity). max_patches: patches in the network at once, None for all.
     bf16: run the network under bfloat16 autocast.
     """
-    first, batch = distributed.shard_offset(len(images))
-    x = sample_patches(images, views.n, generator, views.size or images.shape[-1], first, batch)  # (P, B, 3, S, S)
-    z, backward = project(network, x, max_patches, bf16)  # (P, B, d)
+    params = batch_params(images.shape, views.n, generator, *distributed.shard_offset(len(images)))
+    sample = partial(render, images, size=views.size or images.shape[-1])  # rows of params -> (n, 3, S, S)
+    z, backward = project(network, sample, params, max_patches, bf16)  # (P B, d)
+    z = z.unflatten(0, (views.n, -1))  # (P B, d) -> (P, B, d)
     total, invariance, uniformity = criterion(distributed.all_gather(z))
     optimizer.zero_grad()
     backward(total)
@@ -90,35 +91,37 @@ def train_step(network, optimizer, images, generator, views, criterion, max_patc
     return torch.stack([invariance, uniformity, grad_norm]).detach()
 
 
-def project(network, x, max_patches, bf16):
-    """Return (z, backward): z (P, B, d) of the patches x (P, B, 3, S, S), and a function that backpropagates a loss of z.
+def project(network, sample, params, max_patches, bf16):
+    """Return (z, backward): z (n, d) of the n patches sample(params), and a function that backpropagates a loss of z.
 
     With more than max_patches patches, z is computed chunk by chunk without a graph. backward computes the gradient of z and
-    then passes the chunks through the network again, so that the activations of only one chunk are alive. The running
-    statistics of batch norm see each chunk twice.
+    then samples the chunks and passes them through the network again, so that the patches and activations of only one chunk
+    are alive. The running statistics of batch norm see each chunk twice.
     Source: arXiv 2101.06983, section 3.2 (gradient cache).
     """
-    P, B = x.shape[:2]
-    chunks = x.flatten(0, 1).tensor_split(math.ceil(P * B / (max_patches or P * B)))  # (P B, 3, S, S), or parts of it
+    n = len(params["image"])
+    n_chunks = math.ceil(n / (max_patches or n))
 
     def forward(chunk):
-        with torch.autocast(chunk.device.type, torch.bfloat16, enabled=bf16):
-            return network(chunk)[1]  # (n, d)
+        x = sample(chunk)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return network(x)[1]  # (len(x), d)
 
-    if len(chunks) == 1:
-        return forward(chunks[0]).unflatten(0, (P, B)), torch.Tensor.backward
+    if n_chunks == 1:
+        return forward(params), torch.Tensor.backward
+    chunked = {name: values.tensor_split(n_chunks) for name, values in params.items()}
+    chunks = [{name: parts[i] for name, parts in chunked.items()} for i in range(n_chunks)]
     with torch.no_grad():
-        z = torch.cat([forward(chunk) for chunk in chunks])  # (P B, d)
+        z = torch.cat([forward(chunk) for chunk in chunks])  # (n, d)
     z.requires_grad_()
 
     def backward(total):
         total.backward()
-        grads = z.grad.tensor_split(len(chunks))
-        for i, (chunk, grad) in enumerate(zip(chunks, grads, strict=True)):
-            with distributed.no_sync(network, enabled=i < len(chunks) - 1):
+        for i, (chunk, grad) in enumerate(zip(chunks, z.grad.tensor_split(n_chunks), strict=True)):
+            with distributed.no_sync(network, enabled=i < n_chunks - 1):
                 forward(chunk).backward(grad)
 
-    return z.unflatten(0, (P, B)), backward
+    return z, backward
 
 
 def build_step(hp, network, optimizer, bf16):
@@ -191,7 +194,7 @@ def train_epoch(hp, run, state, pixels, optimizer, step, after_step):
     n_total = n_steps_in(hp.n_epochs, state.n_steps)
     last = min(state.n_steps, n_total - epoch * state.n_steps)
     device = optimizer.param_groups[0]["params"][0].device
-    order = torch.randperm(len(pixels), generator=generator(hp.seed, "order", epoch)).to(device)
+    order = index_for(pixels, torch.randperm(len(pixels), generator=generator(hp.seed, "order", epoch)), device)
     rows = [distributed.shard(order[i * hp.bs : (i + 1) * hp.bs]) for i in range(first, last)]
     bar = progress_bar(range(first, last), f"epoch {epoch}", total=last, initial=first)
     for i, batch in zip(bar, batches(pixels, rows, device), strict=False):

@@ -45,6 +45,7 @@ def configure(device, deterministic=False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every value is written before it is read
     torch.backends.cudnn.benchmark = not deterministic
     if device.type == "cpu":
         keep_freed_memory()
@@ -70,6 +71,16 @@ def generator(seed, purpose, epoch=0, step=0):
 def to_device(tensor, device):
     """Copy a CPU tensor to the device. On CUDA the copy is pinned and asynchronous: the host does not wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def to_device_packed(tensors, device):
+    """Return a dict of CPU tensors, int64 and float32, on the device. On CUDA they are one pinned, asynchronous copy."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())  # int64 first: each part is aligned
+    parts = [tensors[name].contiguous().view(-1).view(torch.uint8) for name in names]
+    packed = to_device(torch.cat(parts), device).split([len(part) for part in parts])
+    return {name: part.view(tensors[name].dtype).view(tensors[name].shape) for name, part in zip(names, packed, strict=True)}
 
 
 def peak_memory(device):

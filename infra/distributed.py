@@ -3,6 +3,7 @@
 import functools
 import os
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,9 @@ def on_main_process(function):
 
 
 def local_device(name):
-    """Return the name of this process's device: the GPU of its local rank."""
+    """Return the name of this process's device: the GPU of its local rank. Raises UsageError if all would share one."""
+    if WORLD_SIZE > 1 and name.startswith("cuda:"):
+        raise UsageError(f"device {name} would put all {WORLD_SIZE} processes on one GPU: device cuda gives each its own")
     return f"cuda:{os.environ['LOCAL_RANK']}" if LAUNCHED and name in ("cuda", "auto") and torch.cuda.is_available() else name
 
 
@@ -121,11 +124,12 @@ def barrier():
 
 @contextmanager
 def main_process_first():
-    """The main process runs the block first. Then the others run it, and find what it wrote."""
-    if RANK != 0:
-        barrier()
+    """The main process runs the block first. Then the others run it, and find what it wrote. They wait up to a day."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if WORLD_SIZE > 1 else None
+    if WORLD_SIZE > 1 and RANK != 0:
+        dist.barrier(group)
     try:
         yield
     finally:
-        if RANK == 0:
-            barrier()
+        if WORLD_SIZE > 1 and RANK == 0:
+            dist.barrier(group)

@@ -17,10 +17,14 @@ class UsageError(Exception):
     code = 2
 
 
+# What torch's other errors say: the allocator of the CPU, CUDA's own, cuBLAS, mps.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+
+
 def explain(error):
     """Return a one-line message for an unexpected error. Out of memory and a full disk have their own."""
     text = " ".join(str(error).split())
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:  # on CUDA, on the CPU
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in text for words in OUT_OF_MEMORY):
         return (f"out of memory ({text[:100]}): in hparams.yaml lower bs, n_patches or max_patches, or set precision: bf16, "
                 f"then resume; all that was written is kept")  # fmt: skip
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

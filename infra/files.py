@@ -81,6 +81,19 @@ def write_json(path, content):
 
 
 @on_main_process
+def link(source, target):
+    """Give a file a second name, atomically; copy it where the file system has no hard links."""
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError:
+        with atomic_write(target) as file:
+            file.write(source.read_bytes())
+
+
+@on_main_process
 def remove(path):
     """Remove a file, if it exists."""
     path.unlink(missing_ok=True)

@@ -63,22 +63,28 @@ def on_device(images, device):
     return images if isinstance(images, ImageFile) else images.to(device)
 
 
+def index_for(images, index, device):
+    """Return a CPU tensor of indices where the images are: on the device, or on the CPU for an ImageFile."""
+    return index if isinstance(images, ImageFile) else to_device(index, device)
+
+
 def batches(images, rows, device, ahead=4):
-    """Yield images[rows[0]], images[rows[1]], ... on the device. A thread reads `ahead` batches of an ImageFile in advance."""
+    """Yield images[rows[0]], images[rows[1]], ... on the device. A thread reads and pins `ahead` batches of an ImageFile in
+    advance. rows: slices, or tensors of indices from index_for."""
     if not isinstance(images, ImageFile):
         yield from (images[index] for index in rows)
         return
+
+    def read(index):
+        return images[index].pin_memory() if device.type == "cuda" else images[index]
+
     with ThreadPoolExecutor(1) as pool:
-        read = collections.deque(pool.submit(images.__getitem__, to_cpu(index)) for index in rows[:ahead])
+        reads = collections.deque(pool.submit(read, index) for index in rows[:ahead])
         for i in range(len(rows)):
-            batch = read.popleft().result()
+            batch = reads.popleft().result()
             if i + ahead < len(rows):
-                read.append(pool.submit(images.__getitem__, to_cpu(rows[i + ahead])))
-            yield to_device(batch, device)
-
-
-def to_cpu(index):
-    return index.cpu() if isinstance(index, torch.Tensor) else index
+                reads.append(pool.submit(read, rows[i + ahead]))
+            yield batch.to(device, non_blocking=True)
 
 
 def read_image(path, image_size):

@@ -232,7 +232,8 @@ def map_figure(embeddings, labels, class_names, n=1000):
     x = x - x.mean(0)
     x = x @ torch.linalg.svd(x, full_matrices=False).Vh[:50].T
     perplexity = min(30, max(1, (len(x) - 1) / 3))
-    points = TSNE(perplexity=perplexity, init="random" if len(x) < 5 else "pca", random_state=0).fit_transform(x.numpy())
+    init = "pca" if len(x) > 4 and x.std() > 0 else "random"  # scikit-learn crashes on equal embeddings, which have no components
+    points = TSNE(perplexity=perplexity, init=init, random_state=0).fit_transform(x.numpy())
     figure, ax = axes(4.2, 4.2)
     ax.set_axis_off()
     groups = [(name, labels[some] == i) for i, name in enumerate(class_names)] if labels is not None else [("", slice(None))]

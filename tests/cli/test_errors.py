@@ -18,6 +18,7 @@ import train
 from experiment import Run
 from hparams import SETTINGS
 from infra import files, lock
+from infra.errors import explain
 
 
 def wrong_values(param):
@@ -233,6 +234,15 @@ def test_embeddings_that_are_not_finite_are_not_written(tiny, tmp_path, monkeypa
     monkeypatch.setattr(evaluate, "encode", broken)
     assert refused(run(*tiny, "--log_folder", tmp_path), 1, "embeddings of the train images are not finite")
     assert not list((tmp_path / RUN / "artifacts").iterdir())
+
+
+@pytest.mark.parametrize("text", [
+    "CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "MPS backend out of memory (MPS allocated: 5.00 GB)", "DefaultCPUAllocator: can't allocate memory: 9 bytes",
+])  # fmt: skip
+def test_out_of_memory_in_each_of_its_spellings(text):
+    assert explain(RuntimeError(text)).startswith("out of memory")
+    assert "--debug" in explain(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 @pytest.mark.parametrize("error", ["CUDA", "CPU"])

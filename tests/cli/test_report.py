@@ -78,6 +78,11 @@ def test_neighbours_are_the_nearest_training_images(copy):
     assert [line[0]["alt"] for line in lines] == [names[i] for i in test["labels"].tolist()]
 
 
+def test_a_map_of_equal_embeddings():
+    """Those of a collapsed encoder."""
+    assert report.map_figure(torch.ones(10, 16), torch.arange(10) % 2, ["a", "b"])
+
+
 def test_confusions():
     truth, predicted = torch.tensor([0, 0, 1, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 1, 0, 0, 2])
     matrix = report.confusion_matrix(truth, predicted, 3)

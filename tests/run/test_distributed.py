@@ -11,8 +11,9 @@ from helpers import LAUNCH, ONE_THREAD, ROOT, RUN, contents, run, training_lines
 
 from benchmarks import ranks
 from experiment import load_checkpoint, position
-from infra import files
+from infra import distributed, files
 from infra.device import generator
+from infra.errors import UsageError
 from patches import sample_patches
 
 DIES = """
@@ -107,6 +108,13 @@ def test_sigterm_to_the_group_writes_one_checkpoint_and_one_process_resumes(tiny
     result = run("resume", "--exp_dir", tmp_path / RUN)
     assert result.code == 0
     assert f"Going on at epoch {epoch} step {step}" in result.out
+
+
+def test_all_processes_on_one_gpu_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    assert distributed.local_device("cpu") == "cpu"
+    with pytest.raises(UsageError, match="cuda:1"):
+        distributed.local_device("cuda:1")
 
 
 def test_bs_must_be_shared_evenly(tiny, tmp_path):

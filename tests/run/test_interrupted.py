@@ -126,6 +126,22 @@ def test_a_signal_outside_training_stops_too(tiny, tmp_path, monkeypatch):
     assert (result.code, result.err) == (143, "stopped\n")
 
 
+def test_the_checkpoint_of_an_epoch_is_written_once(finished):
+    """last.pt is a second name of the file, and the one of another epoch is not."""
+    zero, one, last = ((finished / "checkpoints" / name).stat().st_ino for name in ("0.pt", "1.pt", "last.pt"))
+    assert zero != one == last
+
+
+def test_a_file_system_without_hard_links(tiny, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", not_permitted)
+    assert run(*tiny, "--log_folder", tmp_path).code == 0
+    assert contents(tmp_path / RUN) == contents(finished)
+
+
+def not_permitted(*args):
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(finished, tmp_path):
     exp_dir = shutil.copytree(finished, tmp_path / "run")
     for name in ("last.pt", "1.pt"):

@@ -103,6 +103,17 @@ def test_max_patches_bounds_what_is_in_the_network_at_once(max_patches, seen):
     assert found == seen
 
 
+def test_patches_are_sampled_chunk_by_chunk(monkeypatch):
+    """As many at once as are in the network, and the same ones as all at once."""
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(0))
+    whole, found, render = sample_patches(images, 2, generator(0, "t")).flatten(0, 1), [], train.render
+    monkeypatch.setattr(train, "render", lambda *args, **kwargs: found.append(render(*args, **kwargs)) or found[-1])
+    hp, encoder = Hparams(n_patches=2, h_dim=8, z_dim=4, max_patches=3), Encoder("resnet18-tiny", 8, 4)
+    train.build_step(hp, encoder, train.build_optimizer(hp, encoder), bf16=False)(images, generator(0, "t"))
+    assert [len(x) for x in found] == [3, 3, 2] * 2
+    torch.testing.assert_close(torch.cat(found), torch.cat([whole, whole]), rtol=0, atol=1e-6)
+
+
 def test_the_memory_of_a_step_is_told_before_and_warned_of(tiny, tmp_path, monkeypatch):
     """What autograd keeps of a patch, counted by hand for an encoder without a backbone; and the lines about it."""
     encoder = Encoder("resnet18-tiny", h_dim=32, z_dim=16, activation="tanh")
