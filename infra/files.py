@@ -22,6 +22,7 @@ def atomic_write(path, keep=None):
     If `keep` is given, the old file is renamed to that.
     """
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # a killed process may have left a second name of a checkpoint, see `link`
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -87,10 +88,11 @@ def link(source, target):
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
-        os.replace(temporary, target)
     except OSError:
         with atomic_write(target) as file:
             file.write(source.read_bytes())
+    else:
+        os.replace(temporary, target)
 
 
 @on_main_process

@@ -133,6 +133,16 @@ def test_the_checkpoint_of_an_epoch_is_written_once(finished):
     assert zero != one == last
 
 
+def test_a_second_name_that_a_killed_process_left_is_not_written_through(finished, tmp_path):
+    """last.pt.tmp is a link to 0.pt, and last.pt, which is damaged, is written again."""
+    exp_dir = shutil.copytree(finished, tmp_path / "run")
+    folder = exp_dir / "checkpoints"
+    os.link(folder / "0.pt", folder / "last.pt.tmp")
+    (folder / "last.pt").write_bytes(b"damaged")
+    assert run("resume", "--exp_dir", exp_dir).code == 0
+    assert contents(exp_dir) == contents(finished)
+
+
 def test_a_file_system_without_hard_links(tiny, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", not_permitted)
     assert run(*tiny, "--log_folder", tmp_path).code == 0
