@@ -14,7 +14,7 @@ from torch import nn
 from data import balanced_subset
 from infra import distributed
 from infra.console import log, log_stage, progress
-from infra.device import generator, to_device
+from infra.device import generator, to_device, without_tuning
 from infra.errors import RunError
 from infra.image_cache import batches, on_device, subset
 from model import fold_batch_norm
@@ -30,6 +30,7 @@ class Output(NamedTuple):
 
 
 @torch.inference_mode()
+@without_tuning()
 def encode(encoder, images, views, rng, bs=100, output=Output(), progress=iter):  # noqa: B008, a tuple does not change
     """Return the representation of each image: the mean over its views of h, or of z (the bag of patches).
 
@@ -187,17 +188,19 @@ def softmax_regressions(x, y, lrs, n_classes, fit, progress):
     W = torch.zeros(L * C, d + 1, device=x.device)  # convex, so zeros are a good start
     momentum = torch.zeros_like(W)
     rates, target = torch.tensor(lrs).repeat_interleave(C)[:, None], F.one_hot(y, C).float()
-    rows = torch.empty_like(x[: fit.bs])
+    rows, errors = torch.empty_like(x[: fit.bs]), x.new_empty(fit.bs, L, C)
     for epoch in progress(range(fit.n_epochs)):
         step = to_device(-rates / 2 * (1 + math.cos(math.pi * epoch / fit.n_epochs)), x.device)  # (L C, 1)
         order = to_device(torch.randperm(len(x), generator=generator(fit.seed, "probe", epoch)), x.device)
         targets = target[order, None].split(fit.bs)  # (bs, 1, C) each
         for batch, batch_target in zip(order.split(fit.bs), targets, strict=True):
             # The gradient of softmax regression, written out: autograd and torch.optim take 2x as long for so little work.
-            batch_x = torch.index_select(x, 0, batch, out=rows[: len(batch)])  # (bs, d + 1)
-            logits = (batch_x @ W.to(x.dtype).T).unflatten(1, (L, C))
-            error = logits.softmax(2, dtype=torch.float32).sub_(batch_target).div_(len(batch)).flatten(1)  # (bs, L C)
-            torch.add(error.to(x.dtype).T @ batch_x, momentum, alpha=0.9, out=momentum).add_(W, alpha=fit.weight_decay)
+            n, weight = len(batch), W.to(x.dtype)
+            batch_x = torch.index_select(x, 0, batch, out=rows[:n])  # (n, d + 1)
+            p = (batch_x @ weight.T).unflatten(1, (L, C)).softmax(2, dtype=torch.float32)
+            error = torch.sub(p, batch_target, out=errors[:n]).flatten(1)  # (n, L C)
+            gradient = torch.addmm(weight, error.T, batch_x, beta=n * fit.weight_decay)  # n times that of the mean
+            momentum.mul_(0.9).add_(gradient, alpha=1 / n)
             W.addcmul_(momentum, step)
         yield [linear(weight[:, :-1], weight[:, -1]) for weight in W.split(C)]
 

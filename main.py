@@ -16,7 +16,7 @@ from experiment import Run, build_encoder
 from hparams import PRESETS, SETTINGS, STAGES, from_dict
 from infra import distributed
 from infra.console import EVERY_PROCESS, PLAIN, log, log_stage
-from infra.device import configure, pick_device, pick_precision
+from infra.device import arithmetic, configure, pick_device, pick_precision
 from infra.errors import RunError, UsageError, explain
 from infra.files import checksum
 from infra.metrics import environment, git_commit
@@ -63,7 +63,7 @@ def run_experiment(hp, exp_dir, argv, start_over=False):
     precision = pick_precision(hp.precision, device)
     configure(device, hp.deterministic)
     launch = {"command": shlex.join(["main.py", *argv]), **git_commit(), **environment(device, precision)}
-    log.info(f"* Device: {device}, precision: {precision}")
+    log.info(f"* Device: {device}, precision: {arithmetic(precision, device)}")
     with Run(exp_dir).opened(hp, launch, device, start_over) as run:
         run_stages(hp, run, device, precision == "bf16")
 

@@ -15,7 +15,7 @@ from evaluate import quick_knn
 from experiment import STATE, n_steps_in, position
 from infra import distributed, files
 from infra.console import log, log_stage, progress_bar, time_left
-from infra.device import generator, peak_memory, saved_bytes, total_memory
+from infra.device import generator, peak_memory, step_memory, total_memory
 from infra.errors import RunError, UsageError
 from infra.image_cache import batches, index_for, on_device
 from infra.signals import Interrupted, hold_signals
@@ -294,13 +294,12 @@ def check_finite(state):
 
 def log_memory(hp, encoder, pixels, bf16):
     """Print how much memory a training step will take and how much there is, with a warning if that is less."""
-    n, size = hp.n_patches * distributed.shard_size(hp.bs), hp.input_size or pixels.shape[-1]
+    n, device = hp.n_patches * distributed.shard_size(hp.bs), next(encoder.parameters()).device
     n = min(n, hp.max_patches or n)
-    patch = saved_bytes(encoder, 3, size, bf16) - saved_bytes(encoder, 2, size, bf16)
-    weights = 4 * 4 * sum(p.numel() for p in encoder.parameters())  # float32: weights, gradients, momenta; copies in bf16
-    need = (1.6 * n * patch + weights + getattr(pixels, "nbytes", 0)) / 1e9  # 1.6: backward; measured on a CPU: 1.4 to 1.8
-    there = total_memory(next(encoder.parameters()).device) / 1e9
-    log.info(f"* Memory: about {need:.1f} GB for a step of {n} patches; {there:.1f} GB are there")
+    step, beside = step_memory(encoder, n, hp.input_size or pixels.shape[-1], bf16)
+    need, there = step + beside + getattr(pixels, "nbytes", 0), total_memory(device)
+    text = f", of which {beside / 1e9:.1f} GB are for kernels" if beside else ""
+    log.info(f"* Memory: about {need / 1e9:.1f} GB for a step of {n} patches{text}; {there / 1e9:.1f} GB are there")
     if need > there:
         log.warning("that is more than there is: lower bs, n_patches or max_patches, or take precision bf16")
 

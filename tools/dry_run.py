@@ -11,7 +11,7 @@ from experiment import build_encoder, n_steps_in
 from hparams import to_yaml
 from infra import distributed
 from infra.console import log
-from infra.device import configure, generator, pick_device, pick_precision
+from infra.device import arithmetic, configure, generator, pick_device, pick_precision
 from infra.image_cache import on_device
 from train import build_optimizer, build_step, log_memory
 
@@ -28,7 +28,7 @@ def dry_run(hp, n_timed=3):
         encoder = build_encoder(hp, None).to(device, memory_format=torch.channels_last)
         n_patches, n_steps = hp.n_patches * hp.bs, n_steps_in(hp.n_epochs, len(pixels) // hp.bs)
         operations = flops_per_patch(encoder, hp.input_size or pixels.shape[-1]) * n_patches
-        log.info(f"* Device: {device}, precision: {precision}, processes: {distributed.WORLD_SIZE}")
+        log.info(f"* Device: {device}, processes: {distributed.WORLD_SIZE}, precision: {arithmetic(precision, device)}")
         log.info(f"* Parameters: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} million")
         log.info(f"* Operations: {operations / 1e12:.3g} TFLOP a step in the network, {n_steps} steps of {n_patches} patches")
         log_memory(hp, encoder, pixels, precision == "bf16")

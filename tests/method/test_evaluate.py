@@ -61,6 +61,16 @@ def test_encode_leaves_the_encoder_as_it_was(encoder, images, training):
     assert torch.equal(rng, torch.get_rng_state())
 
 
+def test_encode_tunes_no_kernels(encoder, images, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    seen = []
+    encoder.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.benchmark))
+    encoder.backbone.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.benchmark))
+    encode(encoder, images, Views(1), partial(generator, 0, "t"), bs=4)
+    assert seen == [False] * 3
+    assert torch.backends.cudnn.benchmark
+
+
 def test_linear_probe_learns_and_reports_last_and_best():
     result, layer = linear_probe(*blobs(300, 0), *blobs(101, 1), n_classes=3, fit=Fit(lr=0.1, n_epochs=5, bs=32))
     assert result["top1"] > 99

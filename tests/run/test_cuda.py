@@ -3,6 +3,7 @@ what is copied, and how many kernels are launched."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,9 +24,10 @@ KNOWN = {
 
 # Launches of a step of 2,000 patches in bf16, of its augmentation, and of an inner step of the probe, as counted with torch 2.14.
 # A launch takes the host longer than many of these kernels take the device. Lower the numbers when the program needs fewer.
-LAUNCHES_PER_STEP = {"resnet18-imagenet": 494, "resnet18-cifar": 430}
-AUGMENTATION_LAUNCHES = 94
-PROBE_LAUNCHES = 12
+LAUNCHES_PER_STEP = {"resnet18-imagenet": 485, "resnet18-cifar": 421}
+AUGMENTATION_LAUNCHES = 86
+PROBE_LAUNCHES = {"bf16": 10, "fp32": 8}
+MEMORY = ("resnet18-imagenet", "resnet18-cifar", "fp32 step", "chunks", "one-minute")  # scenarios that announce memory
 
 SETTINGS = ("--h_dim 16 --z_dim 8 --n_patches 4 --bs 6 --n_epochs 1 --n_eval_epochs 2 --print_freq 3 --image_size 16 "
             "--no-tensorboard --device cuda --dataset folder").split()  # fmt: skip
@@ -44,9 +46,9 @@ def scenarios(images, logs):
     def command(name, argv, **settings):
         return {"name": name, "argv": [str(arg) for arg in argv], **settings}
 
-    def step(arch):
-        options = "--dataset textures --device cuda --h_dim 16 --z_dim 8 --n_patches 20 --bs 100 --dry_run --arch"
-        return command(arch, ["train", *options.split(), arch])
+    def step(name, options):
+        options = f"--dataset textures --device cuda --bs 100 --dry_run {options}"
+        return command(name, ["train", *options.split()])
 
     on_cuda, of_bf16 = ("--device", "cuda"), ("--exp_dir", folder("bf16"))
     return [
@@ -64,8 +66,11 @@ def scenarios(images, logs):
         train("one rate", "--eval_lr 0.1 --eval_views crops --bags 2"),
         command("embed", ["embed", *on_cuda, *of_bf16, "--images", images, "--out", logs / "embeddings.npz"]),
         command("report", ["report", *of_bf16]),
-        step("resnet18-imagenet"),
-        step("resnet18-cifar"),
+        step("resnet18-imagenet", "--arch resnet18-imagenet --n_patches 20"),
+        step("resnet18-cifar", "--arch resnet18-cifar --n_patches 20"),
+        step("fp32 step", "--arch resnet18-cifar --n_patches 20 --precision fp32"),
+        step("chunks", "--arch resnet18-cifar --n_patches 100 --max_patches 2000"),
+        step("one-minute", "--preset one-minute"),
     ]
 
 
@@ -100,7 +105,7 @@ def test_runs_on_cuda_and_the_host_never_waits(results, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_phase_is_seen(results, name):
-    fewer = {"embed": {"encode"}, "report": set(), **{arch: {"step"} for arch in LAUNCHES_PER_STEP}}
+    fewer = {"embed": {"encode"}, "report": set(), **{name: {"step"} for name in MEMORY}}
     assert fewer.get(name, set(HOT)) <= set(results[name]["phases"])
 
 
@@ -120,7 +125,20 @@ def test_launches_of_a_step(results, arch):
     assert 0 < augmentation <= AUGMENTATION_LAUNCHES
 
 
-def test_launches_of_a_step_of_the_probe(results):
-    launches, steps = results["bf16"]["probe"]
+@pytest.mark.parametrize("precision", PROBE_LAUNCHES)
+def test_launches_of_a_step_of_the_probe(results, precision):
+    launches, steps = results[precision]["probe"]
     assert steps == 4  # two epochs, with six learning rates and then with one
-    assert launches <= PROBE_LAUNCHES * steps
+    assert launches <= PROBE_LAUNCHES[precision] * steps
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_the_announced_memory_is_that_of_the_tensors_and_what_kernels_take(results, name):
+    found = re.search(r"\* Memory: about ([\d.]+) GB for .*, of which ([\d.]+) GB are for kernels", results[name]["out"])
+    need, kernels = map(float, found.groups())
+    assert 0.98 * results[name]["peak"] / 1e9 < need - kernels < 1.2 * results[name]["peak"] / 1e9
+
+
+def test_what_fp32_means_on_cuda_is_said(results):
+    assert "precision: fp32, convolutions in TF32" in results["fp32"]["out"]
+    assert "TF32" not in results["bf16"]["out"]
