@@ -71,8 +71,8 @@ def render(images, params, size):
 
 
 def to_signed(x):
-    """Map x from [0, 1] to [-1, 1], in place, in one pass."""
-    return torch.add(torch.tensor(-1.0), x, alpha=2, out=x)
+    """Map x from [0, 1] to [-1, 1], in one pass."""
+    return torch.rsub(x, -1, alpha=-2)
 
 
 def sample_views(images, views, generator):

@@ -128,7 +128,7 @@ def test_the_memory_of_a_step_is_told_before_and_warned_of(tiny, tmp_path, monke
     assert re.search(r"^\* Memory: about \d+\.\d GB for a step of 8 patches; \d+\.\d GB are there$", result.out, re.M)
     assert re.search(r"^memory           [1-9]?\d\.\d\d GB at most", result.out, re.M)
     assert result.err == ""
-    monkeypatch.setattr(train, "saved_bytes", lambda encoder, n_patches, size, bf16: n_patches * 10**12)
+    monkeypatch.setattr(device, "saved_bytes", lambda encoder, n_patches, size, bf16: n_patches * 10**12)
     result = run(*tiny, "--log_folder", tmp_path, "--exp_name", "huge", "--n_epochs", "0")
     assert "about 12800.0 GB for a step of 8 patches" in result.out
     assert "lower bs, n_patches or max_patches" in result.err
