@@ -72,7 +72,11 @@ def load_cifar(root, train, name):
     with main_process_first():
         first = None if folder.is_dir() else read()
         split = f"{name}-{'train' if train else 'test'}"
-        content = image_cache.cached(split, folder, sorted(folder.iterdir()), lambda: first or read())
+        try:
+            content = image_cache.cached(split, folder, sorted(folder.iterdir()), lambda: first or read())
+        except OSError as error:
+            log.warning(f"the decoded images are not kept for the next time: {error}")
+            content = first or read()
     return ImageSet(content["images"], content["labels"], content["class_names"])
 
 
@@ -118,40 +122,71 @@ DATASETS = {
 
 
 def find_images(folder):
-    """Return the paths of all images below the folder, sorted. Links to folders are not followed."""
-    walk = ((Path(directory), names) for directory, _, names in os.walk(folder))
+    """Return the paths of all images below the folder, sorted. Links to folders are not followed.
+
+    Raises UsageError if one of its folders can't be read.
+    """
+
+    def fail(error):
+        raise UsageError(f"{error.filename} can't be read: {error.strerror}")
+
+    walk = ((Path(directory), names) for directory, _, names in os.walk(folder, onerror=fail))
     return sorted(directory / name for directory, names in walk for name in names if Path(name).suffix.lower() in SUFFIXES)
 
 
 def find_classes(folder):
-    """Return the names of the folders that hold images, sorted; [] if they are fewer than two or images lie beside them."""
+    """Return the names of the folders that hold images, sorted; [] if they are fewer than two or images lie beside them.
+
+    Raises UsageError if a name is not UTF-8.
+    """
     names = {path.relative_to(folder).parts[0] for path in find_images(folder)}
+    for name in names:
+        if not is_utf8(name):
+            raise UsageError(f"the name of the class folder {folder / name} is not UTF-8: rename it")
     return sorted(names) if len(names) > 1 and all((folder / name).is_dir() for name in names) else []
+
+
+def is_utf8(name):
+    """Whether a name of a file is UTF-8; Python keeps the bytes of others as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def read_labels(file):
     """Return {path: label} of a CSV file with a line path,label for each image, where paths are relative to data_dir.
 
-    A first line "path,label" is skipped. Raises UsageError if the file can't be read or a line does not have two columns.
+    A first line whose path is not that of an image is a header and skipped. Raises UsageError if the file can't be read, a line
+    does not have two columns, or two lines contradict each other.
     """
     try:
-        with open(file, newline="", encoding="utf-8") as lines:
+        with open(file, newline="", encoding="utf-8-sig") as lines:  # -sig: spreadsheets put a byte-order mark at the start
             rows = [row for row in csv.reader(lines) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"labels {file} can't be read: {error}") from None
+    labels = {}
     for number, row in enumerate(rows, 1):
         if len(row) != 2:
             raise UsageError(f"labels {file}: row {number} has {len(row)} columns, not path,label")
-    return {os.path.normpath(path): label for path, label in rows if (path, label) != ("path", "label")}
+        path, label = os.path.normpath(row[0]), row[1]
+        if number == 1 and Path(path).suffix.lower() not in SUFFIXES:
+            continue
+        if labels.setdefault(path, label) != label:
+            raise UsageError(f"labels {file}: row {number} gives {path} the label {label!r}, an earlier one {labels[path]!r}")
+    return labels
 
 
 def labels_from_file(file, paths, root):
-    """Return {path: class name} and the sorted class names. Raises UsageError if a path has no label or there is one class."""
+    """Return {path: class name} and the sorted class names. Raises UsageError if a path has no label or there is one class.
+
+    Lines of images that do not exist are left out, with a warning.
+    """
     labels = read_labels(file)
-    class_names = sorted(set(labels.values()))
     missing = [path for path in paths if str(path.relative_to(root)) not in labels]
     if missing:
         raise UsageError(f"labels {file}: {missing[0]} and {len(missing) - 1} more have no label")
+    surplus = [path for path in labels if not (root / path).is_file()]
+    if surplus:
+        log.warning(f"labels {file}: left out {len(surplus)} lines of images that are not in {root}, such as {surplus[0]}")
+    class_names = sorted({labels[path] for path in labels.keys() - surplus})
     if len(class_names) < 2:
         raise UsageError(f"labels {file}: there are fewer than two labels")
     return {path: labels[str(path.relative_to(root))] for path in paths}, class_names

@@ -92,6 +92,10 @@ def encode_split(hp, run, encoder, images, split, bf16):
     encoded = encode_images(hp, encoder, image_set.images, split, bf16, hp.save_proj)
     if not encoded["embeddings"].isfinite().all():
         raise RunError(f"embeddings of the {split} images are not finite: train under a new --exp_name with --precision fp32")
+    for name in ("features", "projections") if hp.save_proj else ():
+        if not all(part.isfinite().all() for part in encoded[name].split(1000)):
+            raise RunError(f"save_proj: {name} of the {split} images exceed float16, whose largest number is 65504: "
+                           f"set save_proj: false in hparams.yaml, then resume")  # fmt: skip
     encoded["seconds"] = time.monotonic() - start
     if image_set.labels is not None:
         encoded["labels"] = image_set.labels
@@ -250,6 +254,9 @@ def fit_probe(hp, run, encoded, class_names, device, bf16):
     fit = Fit(hp.eval_lr, hp.n_eval_epochs, seed=hp.seed, bf16=bf16)
     bar = functools.partial(progress, desc="linear probe", every=hp.print_freq, unit="epochs")
     result, layer = linear_probe(*tensors, len(class_names), fit, bar)
+    if not layer.weight.isfinite().all():
+        raise RunError(f"the weights of the linear probe are not finite with eval_lr {result['lr']:g}: lower eval_lr in "
+                       f"hparams.yaml, then resume")  # fmt: skip
     result |= {name: metric(*tensors, len(class_names)) for name, (_, metric) in METRICS.items()}
     result |= {"n_train": len(tensors[0]), "n_test": len(tensors[2]), "seconds": time.monotonic() - start}
     return {**layer.state_dict(), "class_names": class_names, "result": result}

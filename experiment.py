@@ -1,6 +1,5 @@
 """Run, a run folder: its paths, checkpoints and cached stages, and the check of edited settings."""
 
-import json
 import math
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -79,15 +78,19 @@ class Run:
                 yield self
 
     @on_main_process
-    def prepare(self):
-        """Make the folders, remove half-written files of a killed process, and write hparams.yaml if it changed."""
+    def prepare(self, rewrite):
+        """Make the folders, remove half-written files of a killed process, and write hparams.yaml if there is none.
+
+        rewrite: write it also if it has other settings.
+        """
         if self.start_over and any(path != self.lock for path in self.dir.iterdir()):
             log.info(f"* Moved the old run to {self.move_aside()}")
         for folder in (self.dir, self.checkpoints, self.artifacts["train"].parent):
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*.tmp"):
-                leftover.unlink()
-        if not self.hparams_yaml.exists() or self.read_hparams() != self.hp:
+                if not leftover.name.startswith(self.report.name) and not leftover.is_dir():  # a report may be under way
+                    leftover.unlink()
+        if not self.hparams_yaml.exists() or (rewrite and self.read_hparams() != self.hp):
             with files.atomic_write(self.hparams_yaml) as file:
                 file.write(to_yaml(self.hp).encode())
         for name, (old, new) in self.changed.items():
@@ -103,7 +106,7 @@ class Run:
 
     def epoch_checkpoints(self):
         """Return the paths of 0.pt, 1.pt, ... in order."""
-        paths = [path for path in self.checkpoints.glob("*.pt") if path.stem.isdigit()]
+        paths = [path for path in self.checkpoints.glob("*.pt") if path.stem.isdecimal()]
         return sorted(paths, key=lambda path: int(path.stem))
 
     def newest_checkpoint(self, repair=False):
@@ -156,9 +159,15 @@ class Run:
         return [split for split in self.artifacts if self.fingerprints[split]]
 
     def images_moved(self):
-        """Whether data_dir or labels of a folder of images differ from the checkpoint's."""
-        before = self.checkpoint["hparams"]
-        return self.hp.dataset == "folder" and (self.hp.data_dir, self.hp.labels) != (before["data_dir"], before["labels"])
+        """Whether data_dir or labels differ from the checkpoint's, or the content of labels from that of the last launch."""
+        before, launches, labels = self.checkpoint["hparams"], self.read_launches(), labels_checksum(self.hp)
+        moved = (self.hp.data_dir, self.hp.labels) != (before["data_dir"], before["labels"])
+        changed = labels not in ("", launches[-1].get("labels_checksum") if launches else None)
+        return self.hp.dataset == "folder" and (moved or changed)
+
+    def key(self, stage, split=None):
+        """Return the cache key of a stage, for one split or for the probe; see stage_key."""
+        return stage_key(self.hp, self.checkpoint, stage, split)
 
     def cached(self, path, key, compute):
         """Return the content of the file if it is whole and was computed with this key; else compute() and write it."""
@@ -183,8 +192,24 @@ class Run:
 
     def write_result(self, result):
         """Write linear_accuracy.json, unless it holds the result already."""
-        if files.read_json(self.result) != json.loads(json.dumps(result)):  # JSON turns keys into strings
-            files.write_json(self.result, result)
+        if files.read_json(self.result) != files.sealed(result):
+            files.write_json(self.result, files.sealed(result))
+
+    def read_result(self):
+        """Return the result of the last launch, {} if it had none or the file is missing, damaged or of another run."""
+        launches, result = self.read_launches(), files.read_sealed(self.result)
+        return result if launches and launches[-1].get("result") == result.get("checksum") else {}
+
+
+def stage_key(hp, checkpoint, stage, split=None):
+    """Return what a result depends on, as a dict: weights, images, split, and all settings up to the stage."""
+    weights = files.checksum(*checkpoint["encoder"].values())
+    return {**hp.key(stage, weights), "data": checkpoint["data"], "split": split}
+
+
+def labels_checksum(hp):
+    """Return the checksum of the labels file, "" if there is none."""
+    return files.file_checksum(Path(hp.labels).resolve()) if hp.labels else ""
 
 
 def load_checkpoint(path):
@@ -277,7 +302,7 @@ def read_projection(path):
     """Return the weights of the projection in a checkpoint. Raises UsageError if there are none."""
     if not Path(path).is_file():
         raise UsageError(f"pretrained_proj {path} is not a file")
-    weights, prefix = files.load(path).get("encoder", {}), "projection."
+    weights, prefix = files.load(Path(path).resolve()).get("encoder", {}), "projection."
     projection = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     if not projection:
         raise UsageError(f"pretrained_proj {path} holds no projection")

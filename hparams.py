@@ -12,6 +12,7 @@ import yaml
 
 from data import DATASETS
 from infra.errors import UsageError
+from infra.files import open_regular
 from loss import UNIFORMITY
 from model import ACTIVATIONS, BACKBONES
 from patches import VIEW_KINDS, Views
@@ -64,7 +65,7 @@ class Hparams:
     uniformity_loss: str = setting("tcr", "encoder", "loss that spreads the embeddings", choices=tuple(UNIFORMITY))
     invariance_loss_weight: float = setting(200.0, "encoder", "coefficient of the invariance loss", low=0)
     uniformity_loss_weight: float = setting(1.0, "encoder", "coefficient of the uniformity loss", low=0)
-    tcr_eps: float = setting(0.2, "encoder", "eps of the coding rate", low=0, above=True)
+    tcr_eps: float = setting(0.2, "encoder", "eps of the coding rate", low=1e-6, high=1e6)
     precision: str = setting("auto", "encoder", "precision of the network; auto: bf16 if the hardware has it", choices=PRECISIONS)
     test_patches: int | None = setting(None, "encode", "patches per image when encoding (default: n_patches)", low=1, high=10_000)
     eval_views: str = setting("grid", "encode", "views that encode an image: augmented as in training, random crops, or "
@@ -214,12 +215,10 @@ def read_hparams(path):
     """Return the Hparams of an hparams.yaml. Raises UsageError if it is missing, or a value is missing or not allowed."""
     path = Path(path)
     try:
-        with open(path, "rb") as file:
-            text = file.read(YAML_BYTES + 1)
+        with open_regular(path, YAML_BYTES) as file:
+            text = file.read()
     except OSError as error:
         raise UsageError(f"{path} can't be read ({error.strerror}): {path.parent} is not a run folder") from None
-    if len(text) > YAML_BYTES:
-        raise UsageError(f"{path} is longer than {YAML_BYTES:,} bytes, so it is not of this program")
     try:
         content = yaml.load(text.decode(), _Loader)
     except Exception as error:  # a tag that does not fit its value can raise nearly anything

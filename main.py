@@ -5,22 +5,26 @@ import functools
 import re
 import shlex
 import sys
-import warnings
+from contextlib import nullcontext
 from pathlib import Path
+
+from infra import startup
+
+if __name__ == "__main__":
+    startup.prepare()
 
 import torch
 
 from data import Images, why_no_probe
 from evaluate import METRICS, encode_split, fit_probe
-from experiment import Run, build_encoder
-from hparams import PRESETS, SETTINGS, STAGES, from_dict
+from experiment import Run, build_encoder, labels_checksum
+from hparams import PRESETS, SETTINGS, STAGES, from_dict, short
 from infra import distributed
-from infra.console import EVERY_PROCESS, PLAIN, log, log_stage
+from infra.console import EVERY_PROCESS, PLAIN, log, log_stage, quiet_libraries
 from infra.device import arithmetic, configure, pick_device, pick_precision
 from infra.errors import RunError, UsageError, explain
-from infra.files import checksum
 from infra.metrics import environment, git_commit
-from infra.signals import Interrupted, handling, raise_interrupted
+from infra.signals import Interrupted, raise_signals
 from tools import cleanup, compare, dry_run, export, report
 from train import train
 
@@ -28,15 +32,13 @@ from train import train
 def main(argv=None):
     """Run one command, for example main(["train", "--dataset", "textures"]), and return its exit code.
 
-    0: done. 1: failed while running. 2: wrong usage. 130 and 143: stopped by SIGINT and SIGTERM.
+    0: done. 1: failed while running. 2: wrong usage. 130, 143 and 138: stopped by SIGINT, SIGTERM and SIGUSR1.
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     try:
         args = parse(argv)
-        with handling(raise_interrupted), warnings.catch_warnings():
-            if not debug:
-                warnings.simplefilter("ignore")  # hide the warnings of libraries
+        with raise_signals(), nullcontext() if debug else quiet_libraries():
             args.command(args)
         return 0
     except SystemExit as stop:  # argparse, after --help
@@ -52,51 +54,53 @@ def main(argv=None):
         return 1
 
 
-def run_experiment(hp, exp_dir, argv, start_over=False):
+def run_experiment(hp, exp_dir, argv, start_over=False, rewrite=True):
     """Run the three stages and print the report. A stage whose result exists is skipped.
 
-    argv: the command line, which is recorded. start_over: move an existing folder aside first. Raises UsageError or RunError.
+    argv: the command line, which is recorded. start_over: move an existing folder aside first. rewrite: hparams.yaml may be
+    replaced. Raises UsageError or RunError.
     Errors in the settings or the data are raised before a result is written.
     """
     device = pick_device(distributed.local_device(hp.device))
-    distributed.shard_size(hp.bs)  # raises UsageError if the processes can't share it
+    distributed.shard_size(hp.bs, hp.n_patches)  # raises UsageError if the processes can't share it
     precision = pick_precision(hp.precision, device)
     configure(device, hp.deterministic)
-    launch = {"command": shlex.join(["main.py", *argv]), **git_commit(), **environment(device, precision)}
+    launch = {"command": shlex.join(["main.py", *argv]), **git_commit(), **environment(device, precision),
+              "labels_checksum": labels_checksum(hp)}  # fmt: skip
     log.info(f"* Device: {device}, precision: {arithmetic(precision, device)}")
     with Run(exp_dir).opened(hp, launch, device, start_over) as run:
-        run_stages(hp, run, device, precision == "bf16")
+        run_stages(hp, run, device, precision == "bf16", rewrite)
 
 
-def run_stages(hp, run, device, bf16):
+def run_stages(hp, run, device, bf16, rewrite):
     """Train, encode and probe."""
     images = Images(hp, run.fingerprints)  # read when first used
     encoder = build_encoder(hp, run.checkpoint)
     if not run.is_trained() or run.images_moved():
         images["train"]  # read now: an error here changes nothing in the run folder
     distributed.barrier()  # all processes have read; now the main process may write
-    run.prepare()
+    run.prepare(rewrite)
 
     encoder = encoder.to(device, memory_format=torch.channels_last)  # on a CPU 1.3x as fast in training, 1.8x in encoding
     train(hp, run, encoder, images, bf16)
     log.info(f"* Encoder: {run.last}")
 
-    weights, encoded = checksum(*encoder.state_dict().values()), {}
+    encoded = {}
     for split in run.splits:
         compute = functools.partial(encode_split, hp, run, encoder, images, split, bf16)
-        encoded[split] = run.cached(run.artifacts[split], hp.key("encode", weights), compute)
-    probe_and_report(hp, run, encoded, weights, device, bf16)
+        encoded[split] = run.cached(run.artifacts[split], run.key("encode", split), compute)
+    probe_and_report(hp, run, encoded, device, bf16)
 
 
 @distributed.on_main_process
-def probe_and_report(hp, run, encoded, weights, device, bf16):
+def probe_and_report(hp, run, encoded, device, bf16):
     """Fit the linear probe, if the images have labels, and print the results of all stages."""
     class_names, result = run.fingerprints["class_names"], {}
     seconds = {"training": run.checkpoint["state"]["seconds"], "encoding": sum(split["seconds"] for split in encoded.values())}
     missing = why_no_probe(class_names, "test" in encoded)
     if not missing:
         compute = functools.partial(fit_probe, hp, run, encoded, class_names, device, bf16)
-        probe = run.cached(run.probe, hp.key("probe", weights), compute)
+        probe = run.cached(run.probe, run.key("probe"), compute)
         result = {**probe["result"], "key": probe["key"]}
         run.write_result(result)
         seconds["probe"] = result["seconds"]
@@ -186,12 +190,19 @@ def hyperparameters(args):
     return from_dict(values, "command line")
 
 
+def is_name(text):
+    """Whether a text can be the first part of a folder's name."""
+    return text.isprintable() and "/" not in text and 0 < len(text.encode(errors="surrogateescape")) <= 150
+
+
 def train_command(args):
     """Start or resume the experiment that the command line describes, or only predict its cost."""
     hp = hyperparameters(args)
     if args.dry_run:
         dry_run.dry_run(hp)
         return
+    if not is_name(args.exp_name):
+        raise UsageError(f"exp_name {short(args.exp_name)} must be the name of one folder, of at most 150 bytes")
     exp_dir = Path(args.log_folder) / f"{args.exp_name}__numpatch{hp.n_patches}_bs{hp.bs}_lr{hp.lr:g}"
     if args.config_from and exp_dir.resolve() == Path(args.config_from).resolve():
         raise UsageError(f"{exp_dir} is the run folder that --config_from names: give the new experiment an --exp_name")
@@ -215,7 +226,7 @@ def resume_command(args):
     run = Run(args.exp_dir)
     hp = run.read_hparams()
     log.info(f"* Loaded configuration settings from: {run.hparams_yaml}")
-    run_experiment(hp, args.exp_dir, args.argv)
+    run_experiment(hp, args.exp_dir, args.argv, rewrite=False)  # the user may be editing hparams.yaml
 
 
 if __name__ == "__main__":

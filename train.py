@@ -18,6 +18,7 @@ from infra.console import log, log_stage, progress_bar, time_left
 from infra.device import generator, peak_memory, step_memory, total_memory
 from infra.errors import RunError, UsageError
 from infra.image_cache import batches, index_for, on_device
+from infra.metrics import read_png
 from infra.signals import Interrupted, hold_signals
 from lars import LARS
 from loss import emp_ssl_loss
@@ -169,7 +170,6 @@ def train(hp, run, encoder, images, bf16):
     encoder.train()
     network = distributed.data_parallel(encoder, device)  # it shares the encoder's weights
     step = build_step(hp, torch.compile(network) if hp.compile else network, optimizer, bf16)
-    n_total = n_steps_in(hp.n_epochs, state.n_steps)
     with hold_signals() as signals:
 
         def after_step(epoch, epoch_is_over):
@@ -181,10 +181,11 @@ def train(hp, run, encoder, images, bf16):
                 save()
                 raise_if(signum, run, state)
 
-        while state.step < n_total:
+        while state.step < n_steps_in(hp.n_epochs, state.n_steps):
             train_epoch(hp, run, state, pixels, optimizer, step, after_step)
             save()
             raise_if(*distributed.all_reduce_max(signals[0] if signals else 0), run, state)
+    raise_if(*distributed.all_reduce_max(signals[0] if signals else 0), run, state)  # a signal after the last look
     distributed.broadcast_buffers(encoder)
 
 
@@ -307,7 +308,7 @@ def log_memory(hp, encoder, pixels, bf16):
 @distributed.on_main_process
 def draw_patches(hp, images, path):
     """Write a picture unless it exists: one row for each image of (n, 3, H, W), with up to 20 of its patches."""
-    if path.exists():
+    if read_png(path):
         return
     size, n = hp.input_size or images.shape[-1], min(hp.n_patches, 20)
     x = sample_patches(images, n, generator(hp.seed, "picture"), size)  # (P, n, 3, size, size)

@@ -46,7 +46,7 @@ def cost(device):
     images = torch.randint(0, 256, (hp.bs, 3, 32, 32), dtype=torch.uint8, device=device)
     metrics, bar = [], SimpleNamespace(disable=False, set_postfix_str=lambda text: None)
     with tempfile.TemporaryDirectory(dir=ROOT) as folder, Run(folder).opened(hp, {}, device) as run:
-        run.prepare()
+        run.prepare(rewrite=True)
         state = restore(hp, run, optimizer, n_steps=500, device=device)
 
         def check():

@@ -3,8 +3,11 @@
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
+import warnings
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -40,6 +43,18 @@ def rank_filter(record):
         record.msg = f"process {RANK}: {record.msg}" if WORLD_SIZE > 1 else record.msg
         return True
     return RANK == 0
+
+
+@contextmanager
+def quiet_libraries():
+    """Within the block, warnings of libraries and errors of their threads are not shown."""
+    hook, threading.excepthook = threading.excepthook, lambda args: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        threading.excepthook = hook
 
 
 log.setLevel(logging.INFO)

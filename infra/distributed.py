@@ -2,6 +2,8 @@
 
 import functools
 import os
+import signal
+import time
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from infra.errors import UsageError
+from infra.signals import watch
 
 LAUNCHED = dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
@@ -30,6 +33,8 @@ def local_device(name):
 @contextmanager
 def process_group(device):
     """Join the process group: NCCL between CUDA devices, gloo between CPUs."""
+    if LAUNCHED:
+        watch(os.getppid(), stop)
     if WORLD_SIZE > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -39,6 +44,13 @@ def process_group(device):
     finally:
         if WORLD_SIZE > 1:
             dist.destroy_process_group()
+
+
+def stop(seconds=60):
+    """Stop this process as SIGTERM does, and if it does not stop in time, at once. torchrun has ended and left it alone."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(seconds)
+    os._exit(128 + signal.SIGTERM)
 
 
 def data_parallel(encoder, device):
@@ -55,10 +67,13 @@ def no_sync(network, enabled):
     return network.no_sync() if WORLD_SIZE > 1 and enabled else nullcontext()
 
 
-def shard_size(bs):
-    """Return how many of bs images each process takes. Raises UsageError unless bs is a multiple of the processes."""
+def shard_size(bs, n_patches=2):
+    """Return how many of bs images each process takes. Raises UsageError unless bs is a multiple of the processes, and if a
+    process would get a single patch."""
     if bs % WORLD_SIZE:
         raise UsageError(f"bs {bs} must be a multiple of the {WORLD_SIZE} processes, which share a batch")
+    if bs // WORLD_SIZE * n_patches < 2:
+        raise UsageError(f"bs {bs} with n_patches {n_patches} leaves batch norm a single patch in each of {WORLD_SIZE} processes")
     return bs // WORLD_SIZE
 
 

@@ -5,8 +5,10 @@ import functools
 import hashlib
 import os
 import signal
+import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,12 @@ from infra.console import log, progress_bar
 from infra.device import to_device
 from infra.distributed import main_process_first, on_main_process
 from infra.errors import RunError, UsageError
+from infra.lock import close_inherited, locked
+from infra.signals import STOPPING, Interrupted, hold_signals, watch
 
 MANY = 1000  # files: from here on, several processes decode them and the result is cached
 LARGE = 2 * 10**9  # bytes: above this, images stay in their file
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # Pillow would start an outside program for others, such as EPS
 CHUNK = 64  # images that a worker process decodes at a time
 
 
@@ -32,22 +37,22 @@ class UnreadableImage(Exception):
 class ImageFile:
     """Images that do not fit into memory: uint8 (N, 3, size, size) in a file. digests: int64 (N,), a checksum of each image.
 
-    images[index], where index is a slice or a tensor of indices, reads a CPU tensor. Raises RunError if the file is cut off.
+    images[index], where index is a slice or a tensor of indices, reads a CPU tensor. Raises RunError if the file is damaged.
     """
 
     def __init__(self, path, size, rows, digests):
         self.path, self.rows, self.digests, self.shape = path, rows, digests, (len(rows), 3, size, size)
-        self.file = open(path, "rb")  # noqa: SIM115, it stays open as long as the images are used
+        self.file = files.open_regular(path)  # it stays open as long as the images are used
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        rows = self.rows[index]
+        rows, digests = self.rows[index].tolist(), self.digests[index].tolist()
         images = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
-        for image, row in zip(images.numpy(), rows.tolist(), strict=True):
-            if os.preadv(self.file.fileno(), [image], row * image.nbytes) < image.nbytes:
-                raise RunError(f"{self.path} is cut off: remove it, it will be made again")
+        for image, row, digest in zip(images.numpy(), rows, digests, strict=True):
+            if os.preadv(self.file.fileno(), [image], row * image.nbytes) < image.nbytes or digest_of(image) != digest:
+                raise RunError(f"{self.path} is damaged: remove it, it will be made again")
         return images
 
 
@@ -92,7 +97,7 @@ def read_image(path, image_size):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
-            with Image.open(path) as image:
+            with files.open_regular(os.path.realpath(path)) as file, Image.open(file, formats=FORMATS) as image:
                 return np.asarray(to_rgb(image, image_size)).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
     except Exception as error:  # Pillow raises nearly anything on a damaged file
         raise UnreadableImage(f"{path} ({type(error).__name__})") from None
@@ -134,7 +139,6 @@ def decode_once(paths, folder, image_size):
 
     @on_main_process  # several would write the same file
     def decode():
-        file.parent.mkdir(parents=True, exist_ok=True)
         with files.atomic_write(file) as out:
             out.truncate(size)
             digests, failures = decode_with_processes(out.name, paths, image_size)
@@ -143,14 +147,19 @@ def decode_once(paths, folder, image_size):
 
     try:
         with main_process_first():
-            content = cached(name, folder, paths, decode, lambda: file.exists() and file.stat().st_size == size)
+            content = cached(name, folder, paths, decode, lambda: file.is_file() and file.stat().st_size == size)
+        images = ImageFile(file, image_size, content["readable"], content["digests"])
     except OSError as error:
         log.warning(f"the decoded images are not kept for the next time: {error}")
         return decode_in_memory(paths, image_size)
-    if content is None:
+    if size > LARGE:
+        return {**content, "images": images}
+    try:
+        return {**content, "images": images[:]}
+    except RunError:
+        log.warning(f"{file} was damaged and is removed")
+        files.remove(file)
         return decode_in_memory(paths, image_size)
-    images = ImageFile(file, image_size, content["readable"], content["digests"])
-    return {**content, "images": images if size > LARGE else images[:]}
 
 
 def decode_with_processes(file, paths, image_size):
@@ -160,12 +169,28 @@ def decode_with_processes(file, paths, image_size):
     digests, failures = {}, {}
     # Processes, not threads: Python's lock makes two threads half as fast as one.
     bar = progress_bar(None, "decode", total=len(paths))
-    with bar, ProcessPoolExecutor(initializer=leave_signals_to_the_parent) as pool:
-        for stored, unreadable in pool.map(decode, chunks, [paths[rows.start : rows.stop] for rows in chunks]):
-            digests |= stored
-            failures |= unreadable
-            bar.update(len(stored) + len(unreadable))
+    with hold_signals() as signals, bar, ProcessPoolExecutor(initializer=start_worker, initargs=(os.getpid(),)) as pool:
+        try:
+            for stored, unreadable in pool.map(decode, chunks, [paths[rows.start : rows.stop] for rows in chunks]):
+                digests |= stored
+                failures |= unreadable
+                bar.update(len(stored) + len(unreadable))
+                if signals:
+                    break
+        except BrokenProcessPool:
+            if not signals:
+                raise RunError("a process that decodes images was killed: give the command again") from None
+    if signals:
+        raise Interrupted(signals[0])
     return digests, failures
+
+
+def start_worker(parent):
+    """Prepare a process that decodes: it ends when its parent, the process with this pid, ends."""
+    close_inherited()
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)  # the parent decides
+    watch(parent, lambda: os._exit(1))
 
 
 def write_image(file, row, pixels):
@@ -173,43 +198,47 @@ def write_image(file, row, pixels):
     content = np.ascontiguousarray(pixels).tobytes()
     with open(file, "r+b", buffering=0) as out:
         os.pwrite(out.fileno(), content, row * len(content))
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little", signed=True)
+    return digest_of(content)
 
 
-def leave_signals_to_the_parent():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def digest_of(pixels):
+    """Return the checksum of an image, an int64."""
+    return int.from_bytes(hashlib.sha256(pixels).digest()[:8], "little", signed=True)
 
 
 def cache_path(name, folder):
     """Return the path of a file in the cache folder: emp-ssl in $XDG_CACHE_HOME or ~/.cache. It can be removed at any time."""
     place = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emp-ssl" / f"{name}-{place}.pt"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # "~" stays if the user is unknown
+    if home.startswith("~"):
+        home = os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")
+    return Path(home) / "emp-ssl" / f"{name}-{place}.pt"
 
 
 def cached(name, folder, paths, read, is_whole=lambda: True):
     """Return the result of read(), a dict of tensors and plain values, and keep it in the cache folder for the next time.
 
     It is read again if the size or time of a file in `paths` or the version of Pillow has changed, or if is_whole() is false:
-    whether another file that read() writes is complete.
+    whether another file that read() writes is complete. Raises OSError if the cache folder can't be written.
     """
     listing = [(str(path), *size_and_time(path)) for path in paths]
     key = hashlib.sha256(repr([PIL.__version__, listing]).encode()).hexdigest()
     path = cache_path(name, folder)
-    try:
-        content = files.load(path)
-        if content.get("key") == key and is_whole():
-            return content
-    except (RunError, UsageError):  # missing, damaged, or of an earlier version
-        pass
-    content = read()
+
+    def kept():
+        try:
+            content = files.load(path)
+        except (RunError, UsageError):  # missing, damaged, or of an earlier version
+            return None
+        return content if content.get("key") == key and is_whole() else None
+
+    content = kept()
     if content is None:
-        return None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.save(path, {**content, "key": key})
-    except OSError as error:
-        log.warning(f"the decoded images are not kept for the next time: {error}")
+        with locked(path.with_suffix(".lock"), wait=True):  # one process at a time writes these files
+            content = kept() or read()
+            if content is None:
+                raise OSError("the main process has not written them")
+            files.save(path, {**content, "key": key})
     return content
 
 

@@ -1,5 +1,6 @@
 """What a run records beside its results: its launches and their environment, its metrics, its TensorBoard events."""
 
+import functools
 import json
 import os
 import platform
@@ -52,9 +53,25 @@ def now():
 
 
 def read_launches(path):
-    """Return the launches of a run, the newest last, from its environment.json; [] if the file is missing or damaged."""
+    """Return the launches of a run, the newest last, from its environment.json. Damaged ones are left out."""
     launches = files.read_json(path)
-    return launches if isinstance(launches, list) and all(isinstance(launch, dict) for launch in launches) else []
+    return [launch for launch in launches if files.is_sealed(launch)] if isinstance(launches, list) else []
+
+
+def cut_lines(path, n_bytes):
+    """Cut a file to n_bytes (None: leave its length) and to its last whole line. Return whether anything was cut."""
+    try:
+        with files.open_regular(path) as file:
+            lines = file.read(-1 if n_bytes is None else n_bytes)
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return False
+    keep = lines.rfind(b"\n") + 1
+    if keep < len(lines):
+        log.warning(f"{path} ends within a line, which is left out")
+    if keep < size:
+        os.truncate(path, keep)
+    return keep < size
 
 
 class Journal:
@@ -75,7 +92,7 @@ class Journal:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if self.launches and error:
+        if self.launches is not None and error:
             with suppress(OSError):  # a full disk, for example: the error that ended the launch is the one to report
                 self.write(outcome=" ".join(str(error).split())[:300] or kind.__name__, end=now())
         if self.board:
@@ -83,32 +100,31 @@ class Journal:
 
     def write(self, **values):
         self.launch |= values
-        files.write_json(self.launches_path, self.launches)
+        files.write_json(self.launches_path, [*self.launches, files.sealed(self.launch)])
 
     @on_main_process
     def begin(self, stage=None, metrics_bytes=None):
         """Record that the launch works on a stage. Cut metrics.jsonl to metrics_bytes first: later lines are written again."""
-        if not self.launches:
-            self.launches = [*read_launches(self.launches_path), self.launch]
+        if self.launches is None:
+            self.launches = read_launches(self.launches_path)
         self.write(stages=self.launch["stages"] + [stage] * bool(stage))
-        cut = metrics_bytes is not None and self.metrics_path.exists() and self.metrics_path.stat().st_size > metrics_bytes
-        if cut:
-            os.truncate(self.metrics_path, metrics_bytes)
+        cut = cut_lines(self.metrics_path, metrics_bytes)
         if self.board and (cut or not self.board.is_open):
             self.board.open(files.read_jsonl(self.metrics_path))
 
     @on_main_process
     def finish(self, metrics_bytes, result, seconds):
         """Record the result of the probe ({} if there is none) and the seconds per stage, unless that was done before."""
-        launches = read_launches(self.launches_path)
-        if launches and launches[-1].get("outcome") == "finished":
+        launches, found = read_launches(self.launches_path), files.sealed(result)["checksum"] if result else None
+        if launches and (launches[-1]["outcome"], launches[-1].get("result")) == ("finished", found):
             return
         self.begin(metrics_bytes=metrics_bytes)
         for epoch, (top1, top5) in enumerate(result.get("per_epoch", [])):
             self.add(probe_epoch=epoch, top1=top1, top5=top5)
         if result and self.board:
             self.board.add_result(self.launch["hparams"], result)
-        self.write(outcome="finished", end=now(), seconds=seconds)
+        metrics = files.file_checksum(self.metrics_path)
+        self.write(outcome="finished", end=now(), seconds=seconds, result=found, metrics=metrics)
 
     @on_main_process
     def add(self, **values):
@@ -119,15 +135,41 @@ class Journal:
             self.board.add_line(values)
 
 
+def read_png(path):
+    """Return the PIL image of a PNG file, None if there is none or it is damaged."""
+    try:
+        with files.open_regular(path) as file:
+            image = Image.open(file, formats=("PNG",))
+            image.load()
+            return image
+    except Exception:  # Pillow raises nearly anything on a damaged file
+        return None
+
+
+def decoration(method):
+    """Decorate a method of Board: an error in it is a warning, and no events follow. A run does not stop for its TensorBoard."""
+
+    @functools.wraps(method)
+    def guarded(self, *args):
+        try:
+            return method(self, *args)
+        except Exception as error:
+            log.warning(f"no more TensorBoard events: {' '.join(str(error).split())[:200]}")
+            self.writer = None
+
+    return guarded
+
+
 class Board:
     """TensorBoard events in a folder, drawn from the lines of metrics.jsonl, with a picture, if its PNG file exists.
 
-    Without the package tensorboard, each method does nothing.
+    Without the package tensorboard, and after an error, each method does nothing.
     """
 
     def __init__(self, folder, picture):
         self.folder, self.picture, self.writer, self.is_open = folder, picture, None, False
 
+    @decoration
     def open(self, lines):
         """Write the events anew from the lines, so that they show no step twice, whatever happened before."""
         self.is_open = True
@@ -142,25 +184,30 @@ class Board:
         self.writer = SummaryWriter(self.folder, purge_step=0, flush_secs=10)
         for line in lines:
             self.add_line(line)
-        if self.picture.exists():
-            with Image.open(self.picture) as picture:
-                self.writer.add_image(self.picture.stem, torchvision.transforms.functional.pil_to_tensor(picture))
+        picture = read_png(self.picture)
+        if picture:
+            self.writer.add_image(self.picture.stem, torchvision.transforms.functional.pil_to_tensor(picture))
 
+    @decoration
     def close(self):
         if self.writer:
             self.writer.close()
 
+    @decoration
     def add_line(self, line):
         """Show a line of metrics.jsonl: its numbers as scalars, or a setting that was changed as a text."""
-        if not self.writer:
+        stage = "train" if "global_step" in line else "probe"
+        step = line.get("global_step", line.get("probe_epoch"))
+        if not self.writer or not isinstance(step, int):
             return
-        stage, step = ("train", line["global_step"]) if "global_step" in line else ("probe", line["probe_epoch"])
         if "event" in line:
-            self.writer.add_text("changed", f"{line['name']}: {line['old']} -> {line['new']}", step)
+            self.writer.add_text("changed", f"{line.get('name')}: {line.get('old')} -> {line.get('new')}", step)
             return
         for name in set(line) - POSITION:
-            self.writer.add_scalar(f"{stage}/{name}", line[name], step)
+            if isinstance(line[name], (int, float)):
+                self.writer.add_scalar(f"{stage}/{name}", line[name], step)
 
+    @decoration
     def add_result(self, hparams, result):
         """Show the accuracies, also beside the hyperparameters in the tab HPARAMS."""
         if not self.writer:
@@ -174,6 +221,7 @@ class Board:
             self.writer.add_scalar(name, value, 0)
         self.writer.flush()
 
+    @decoration
     def add_embeddings(self, embeddings, images, names, n_dims=50):
         """Show embeddings (n, d) in the tab PROJECTOR, with their uint8 images (n, 3, H, W) and a name each.
 

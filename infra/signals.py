@@ -1,9 +1,12 @@
-"""SIGINT and SIGTERM: stop at once, or at the end of a step."""
+"""SIGINT, SIGTERM and SIGUSR1: stop at once, or at the end of a step. And the death of the process that started this one."""
 
 import os
 import signal
 import threading
+import time
 from contextlib import contextmanager
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM can be told to send SIGUSR1 before a job's time is over
 
 
 class Interrupted(KeyboardInterrupt):
@@ -14,17 +17,13 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
-def raise_interrupted(signum, frame):
-    raise Interrupted(signum)
-
-
 @contextmanager
 def handling(handler):
-    """Within the block, SIGINT and SIGTERM call the handler. In threads other than the main one it does nothing."""
+    """Within the block, the signals STOPPING call the handler. In threads other than the main one it does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, handler) for number in STOPPING}
     try:
         yield
     finally:
@@ -33,14 +32,43 @@ def handling(handler):
 
 
 @contextmanager
-def hold_signals():
-    """Yield a list. The first SIGINT or SIGTERM is appended to it; a second one ends the process at once."""
+def raise_signals():
+    """Within the block, the first signal raises Interrupted; a second one ends the process at once.
+
+    Python swallows what a handler raises within some calls, as in os.fork. Then Interrupted is raised at the end of the block.
+    """
     noted = []
 
-    def note(signum, frame):
-        if noted:
-            os._exit(128 + signum)
-        noted.append(signum)
+    def note_and_raise(signum, frame):
+        note(noted, signum)
+        raise Interrupted(signum)
 
-    with handling(note):
+    with handling(note_and_raise):
+        yield
+    if noted:
+        raise Interrupted(noted[0])
+
+
+@contextmanager
+def hold_signals():
+    """Yield a list. The first signal is appended to it; a second one ends the process at once."""
+    noted = []
+    with handling(lambda signum, frame: note(noted, signum)):
         yield noted
+
+
+def note(noted, signum):
+    if noted:
+        os._exit(128 + signum)
+    noted.append(signum)
+
+
+def watch(pid, then, seconds=1.0):
+    """Call `then` in a thread when the process `pid`, the parent of this one, has ended, whatever ended it."""
+
+    def look():
+        while os.getppid() == pid:
+            time.sleep(seconds)
+        then()
+
+    threading.Thread(target=look, daemon=True).start()

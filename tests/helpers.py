@@ -17,7 +17,7 @@ from infra import files
 
 ROOT = Path(main.__file__).parent
 RUN = "default__numpatch2_bs4_lr0.3"  # the name of the folder of a run with the arguments `tiny`
-MEASURED = ("seconds", "patches_per_second", "peak_memory", "metrics_bytes")
+MEASURED = ("seconds", "patches_per_second", "peak_memory", "metrics_bytes", "checksum")
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]  # the module torchrun
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 

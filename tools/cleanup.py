@@ -1,11 +1,10 @@
 """Remove the older epoch checkpoints of every experiment in a folder."""
 
-import os
 from pathlib import Path
 
-from experiment import Run
+from experiment import Run, load_checkpoint
 from infra.console import log
-from infra.errors import UsageError
+from infra.errors import RunError, UsageError
 
 
 def add_commands(commands):
@@ -24,18 +23,31 @@ def cleanup_command(args):
         raise UsageError(f"keep must be at least 1, not {args.keep}")
     if not args.log_folder.is_dir():
         raise UsageError(f"log_folder {args.log_folder} is not a folder")
-    runs = [run for run in map(Run, sorted(args.log_folder.iterdir())) if os.path.exists(run.hparams_yaml)]
-    old = [path for run in runs for path in run.epoch_checkpoints()[: -args.keep]]
+    runs = [run for run in map(Run, sorted(args.log_folder.iterdir())) if run.hparams_yaml.is_file()]
+    old = [path for run in runs for path in old_checkpoints(run, args.keep)]
     size = sum(path.stat().st_size for path in old)
     for path in old:
         log.info(path)
     log.info(f"{len(old)} old checkpoints in {len(runs)} experiments, {size / 1e6:,.1f} MB")
     if old and (args.yes or confirmed("Remove them? [y/N] ")):
         for path in old:
-            path.unlink()
+            path.unlink(missing_ok=True)
         log.info(f"Freed {size / 1e6:,.1f} MB")
     else:
         log.info("Nothing removed")
+
+
+def old_checkpoints(run, keep):
+    """Return the epoch checkpoints that are older than the newest `keep` whole ones, in order. Damaged ones do not count."""
+    paths, n_whole = run.epoch_checkpoints(), 0
+    while paths and n_whole < keep:
+        path = paths.pop()
+        try:
+            load_checkpoint(path)
+            n_whole += 1
+        except (RunError, UsageError) as error:
+            log.warning(f"{error}: it stays, and so does an older one")
+    return paths
 
 
 def confirmed(question):

@@ -13,6 +13,7 @@ from infra.errors import UsageError
 
 ACCURACIES = ("top1", "top5", *METRICS)
 RESULTS = (*ACCURACIES, "seconds", "device", "status")
+FINISHED, NO_PROBE = "finished", "finished, no probe"  # states of a run whose results count
 COMPARED = [name for name, setting in SETTINGS.items() if setting.stage != "none"]
 
 
@@ -41,7 +42,7 @@ def table(log_folder, sort=None):
     runs = [run for run in map(Run, sorted(Path(log_folder).glob("*"))) if is_run_folder(run)]
     if not runs:
         raise UsageError(f"{log_folder} has no run folders: name the folder that they are in")
-    read = {run.dir.name: read_run(run) for run in runs}
+    read = {run.dir.name: read_or_broken(run) for run in runs}
     known = [hp for hp, _ in read.values() if hp]
     differing = [name for name in COMPARED if len({str(getattr(hp, name)) for hp in known}) > 1]
     columns, rows = ["experiment", *differing, *RESULTS], []
@@ -64,20 +65,22 @@ def is_run_folder(run):
     return any(path.exists() for path in (run.hparams_yaml, run.checkpoints, run.launches))
 
 
-def read_run(run):
-    """Return (Hparams, or None if they can't be read; a dict of the RESULTS that are known). It reads small files only."""
+def read_or_broken(run):
+    """Return what read_run returns, or None and a status that says why the folder can't be read."""
     try:
-        hp = run.read_hparams()
-    except UsageError as error:
-        return None, {"status": f"broken: {error}"}
-    launches = run.read_launches()
+        return read_run(run)
+    except Exception as error:  # whatever lies in one folder, the others are shown
+        return None, {"status": f"broken: {' '.join(str(error).split())[:200]}"}
+
+
+def read_run(run):
+    """Return (Hparams, a dict of the RESULTS that are known). It reads small files only."""
+    hp, launches = run.read_hparams(), run.read_launches()
     trained = [launch for launch in launches if "training" in launch.get("stages", ())]
     results = {"device": trained[-1].get("device") if trained else None, "status": status(run, hp)}
-    if results["status"] == "finished":
-        accuracies = files.read_json(run.result)
-        results |= {name: accuracies[name] for name in ACCURACIES if name in accuracies}
+    if results["status"] in (FINISHED, NO_PROBE):
+        results |= {name: value for name, value in run.read_result().items() if name in ACCURACIES}
         results["seconds"] = round(sum(launches[-1]["seconds"].values()), 1)
-        results["status"] += "" if accuracies else ", no probe"
     return hp, results
 
 
@@ -91,11 +94,15 @@ def status(run, hp):
         return f"unfinished: {outcome.split(';')[0]}" if outcome else f"unfinished, {progress(run)}"
     finished_with = launches[-1].get("hparams", {})
     edited = [name for name in COMPARED if finished_with.get(name) != getattr(hp, name)]
-    return f"edited since it finished ({', '.join(edited)}): resume it" if edited else "finished"
+    if edited:
+        return f"edited since it finished ({', '.join(edited)}): resume it"
+    if launches[-1]["result"] is None:
+        return NO_PROBE
+    return FINISHED if run.read_result() else f"finished, but its {run.result.name} is missing or damaged: resume it"
 
 
 def progress(run):
-    lines = [line for line in files.read_jsonl(run.metrics) if "epoch" in line]
+    lines = [line for line in files.read_jsonl(run.metrics) if "epoch" in line and "step" in line]
     return f"epoch {lines[-1]['epoch']} step {lines[-1]['step']}" if lines else "no step yet"
 
 

@@ -18,7 +18,7 @@ from train import build_optimizer, build_step, log_memory
 
 def dry_run(hp, n_timed=3):
     """Print the settings, and parameters, operations, memory and time of a training step, of which n_timed are timed."""
-    distributed.shard_size(hp.bs)  # raises UsageError if the processes can't share it
+    distributed.shard_size(hp.bs, hp.n_patches)  # raises UsageError if the processes can't share it
     log.info(to_yaml(hp).rstrip())
     device = pick_device(distributed.local_device(hp.device))
     precision = pick_precision(hp.precision, device)

@@ -6,7 +6,6 @@ This file gathers what the page shows; report.html is its jinja2 template.
 import base64
 import importlib.util
 import io
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,19 +16,22 @@ from PIL import Image
 
 from data import Images, balanced_subset
 from evaluate import METRICS
-from experiment import Run, load_checkpoint
+from experiment import Run, stage_key
 from hparams import SETTINGS, yaml_value
 from infra import files
 from infra.console import log
 from infra.device import generator
 from infra.errors import RunError, UsageError
-from tools.compare import status
+from infra.metrics import read_png
+from tools.compare import FINISHED, NO_PROBE, status
+from tools.figures import INK, axes, confusion_figure, confusion_matrix, drawing, map_figure
 
-INK = "#010203"  # of text and axes: in the SVG it becomes currentColor, which follows the reader's theme
 THEME = "<style>svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}}</style>"
 CURVES = {"loss_sim": "invariance loss", "loss_uniformity": "uniformity loss", "grad_norm": "norm of the gradient",
           "lr": "learning rate", "patches_per_second": "patches per second", "knn_top1": "20-NN while training, %",
           "top1": "linear probe, %"}  # fmt: skip
+
+UNSHOWN = ("hparams", "result", "metrics", "checksum")  # entries of a launch that are of no interest to a reader
 
 
 class Picture(NamedTuple):
@@ -54,65 +56,90 @@ def report_command(args):
         if importlib.util.find_spec(module) is None:
             raise UsageError(f"report needs {package}: pip install matplotlib scikit-learn")
     run = Run(args.exp_dir)
-    hp = run.read_hparams()
-    image_sets, missing = read_images(run, hp)
+    hp, checkpoint = run.read_hparams(), newest_checkpoint(run)
+    image_sets, missing = read_images(hp, checkpoint)
     if missing:
         log.warning(f"no pictures of images: {missing}")
     for launch in run.read_launches():
         for name, value in launch.items():
-            if name != "hparams":
+            if name not in UNSHOWN:
                 log.info(f"{name:16} {value}")
-    with drawing(), files.atomic_write(run.report) as file:
-        file.write(page(run, hp, image_sets, missing).encode())
+    with drawing():
+        text = page(run, hp, checkpoint, image_sets, missing)
+    with files.atomic_write(run.report) as file:
+        file.write(text.encode())
     log.info(f"* Report: {run.report}, {run.report.stat().st_size / 1e6:.1f} MB")
 
 
-def read_images(run, hp):
-    """Return ({split: ImageSet or None}, why there are none). The images must be those that the run was trained on.
-
-    Raises UsageError if an earlier version of the program wrote the run.
-    """
+def read_images(hp, checkpoint):
+    """Return ({split: ImageSet or None}, why there are none). The images must be those of the checkpoint."""
     none = {"train": None, "test": None}
+    if not checkpoint:
+        return none, "there is no checkpoint that can be read"
     try:
-        expected = load_checkpoint(run.last)["data"]
-    except RunError as error:
-        return none, str(error)
-    try:
-        images = Images(hp, expected)
+        images = Images(hp, checkpoint["data"])
         return {split: images[split] for split in none}, ""
     except (RunError, UsageError) as error:
         return none, str(error)
 
 
-def load(path):
-    """Return the content of a file of torch.save, {} if it is missing, damaged, or of an earlier version."""
+def newest_checkpoint(run):
+    """Return the newest checkpoint, None if there is none that can be read. Raises UsageError for one of an earlier version."""
     try:
-        return files.load(path)
+        return run.newest_checkpoint()
+    except RunError as error:
+        log.warning(error)
+        return None
+
+
+def load(path, key):
+    """Return the content of a file of torch.save, {} if it is missing, damaged, or of other weights, images or settings."""
+    try:
+        content = files.load(path)
     except (RunError, UsageError):
         return {}
+    return content if content.get("key") == key else {}
 
 
-def page(run, hp, image_sets, missing):
+def read_results(run, hp, checkpoint):
+    """Return (result, encoded, probe, lost) of a finished run: the result, {split: what artifacts/<split>.pt holds}, what
+    probe.pt holds, and the names of files that are missing, damaged, or of other weights, images or settings."""
+    result, lost = run.read_result(), []
+    if checkpoint is None:
+        return result, {}, {}, [str(run.last)]
+    splits = [split for split in run.artifacts if checkpoint["data"][split]]
+    encoded = {split: load(run.artifacts[split], stage_key(hp, checkpoint, "encode", split)) for split in splits}
+    lost += [str(run.artifacts[split]) for split in splits if not encoded[split]]
+    probe = load(run.probe, stage_key(hp, checkpoint, "probe")) if result else {}
+    lost += [str(run.probe)] if result and not probe else []
+    if run.read_launches()[-1]["metrics"] != files.file_checksum(run.metrics):
+        lost.append(str(run.metrics))
+    return result, {} if lost else encoded, probe, lost
+
+
+def page(run, hp, checkpoint, image_sets, missing):
     """Return the page as a text. image_sets: {split: ImageSet or None}. missing: why there are no images, or "".
 
     What the run has not reached yet is left out.
     """
     launches, state = run.read_launches(), status(run, hp)
-    done = state == "finished"
-    result = files.read_json(run.result) if done else {}
-    encoded = {split: content for split, path in run.artifacts.items() if done and (content := load(path))}
+    done = state in (FINISHED, NO_PROBE)
+    result, encoded, probe, lost = read_results(run, hp, checkpoint) if done else ({}, {}, {}, [])
+    for path in lost:
+        log.warning(f"{path} is missing, damaged, or of another run: what it holds is left out; resume the run")
     seconds = launches[-1].get("seconds", {}) if launches else {}
     context = {
-        "name": run.dir.resolve().name, "hp": hp, "status": state, "result": result, "missing": missing,
+        "name": run.dir.resolve().name, "hp": hp, "status": state, "result": result, "missing": missing, "lost": lost,
+        "no_probe": state == NO_PROBE,
         "accuracies": accuracies(result) if result else [],
-        "curves": [svg(figure, alt) for figure, alt in curves(run)],
+        "curves": [svg(figure, alt) for figure, alt in curves(run)] if str(run.metrics) not in lost else [],
         "patches": patches(run),
         "seconds": [(stage, f"{taken:.1f}") for stage, taken in seconds.items()],
         "seconds_figure": bars(seconds),
         "settings": [{"name": name, "value": yaml_value(getattr(hp, name)), "help": setting.help,
                       "changed": getattr(hp, name) != setting.default} for name, setting in SETTINGS.items()],
         "launches": [launch_rows(launch) for launch in launches],
-        **(of_embeddings(hp, encoded, image_sets, load(run.probe) if result else {}) if encoded else {}),
+        **(of_embeddings(hp, encoded, image_sets, probe) if encoded else {}),
     }  # fmt: skip
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     return environment.get_template("report.html").render(context)
@@ -123,8 +150,10 @@ def of_embeddings(hp, encoded, image_sets, probe):
     split = "test" if "test" in encoded else "train"
     embeddings, labels = encoded[split]["embeddings"], encoded[split].get("labels")
     class_names = probe.get("class_names") or (image_sets[split].class_names if image_sets[split] else [])
-    figure = map_figure(embeddings, labels if class_names else None, class_names)
-    context = {"map": svg(figure, f"t-SNE map of the embeddings of {split} images"), "class_names": class_names}
+    context = {"class_names": class_names}
+    if len(embeddings) > 2:
+        figure = map_figure(embeddings, labels if class_names else None, class_names)
+        context["map"] = svg(figure, f"t-SNE map of the embeddings of {split} images")
     if probe:
         predicted = (embeddings @ probe["weight"].T + probe["bias"]).argmax(1)
         matrix = confusion_matrix(labels, predicted, len(class_names))
@@ -144,7 +173,7 @@ def accuracies(result):
 
 
 def launch_rows(launch):
-    shown = {name: value for name, value in launch.items() if name not in ("hparams", "seconds")}
+    shown = {name: value for name, value in launch.items() if name not in (*UNSHOWN, "seconds")}
     return [(name, ", ".join(value) if isinstance(value, list) else value) for name, value in shown.items()]
 
 
@@ -170,31 +199,10 @@ def thumb(pixels, alt, mark=""):
 
 
 def patches(run):
-    if not run.patches.exists():
+    if not read_png(run.patches):
         return None
     alt = "eight training images, a row each: the whole image, then patches of it as the network sees them"
     return Picture(data_uri(run.patches.read_bytes(), "png"), alt)
-
-
-@contextmanager
-def drawing(ink=INK):
-    """Within the block, matplotlib draws text and axes in this colour."""
-    import matplotlib
-
-    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    with matplotlib.rc_context({**dict.fromkeys(names, ink), "font.size": 9, "legend.frameon": False, "svg.hashsalt": "report"}):
-        yield
-
-
-def axes(width, height, title=""):
-    """Return (figure, its one Axes). The size is in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height))
-    ax = figure.subplots()
-    ax.set_title(title, fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
-    return figure, ax
 
 
 def curves(run):
@@ -202,7 +210,7 @@ def curves(run):
     rows, drawn = files.read_jsonl(run.metrics), []
     for name, title in CURVES.items():
         x, x_label = ("probe_epoch", "epoch of the probe") if name == "top1" else ("global_step", "step")
-        points = [(row[x], row[name]) for row in rows if name in row and x in row]
+        points = [(row[x], row[name]) for row in rows if isinstance(row.get(name), (int, float)) and isinstance(row.get(x), int)]
         if points:
             figure, ax = axes(3.4, 2.1, title)
             ax.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
@@ -220,51 +228,6 @@ def bars(seconds):
     ax.invert_yaxis()
     ax.set_xlabel("seconds")
     return svg(figure, "seconds per stage: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in seconds.items()))
-
-
-def map_figure(embeddings, labels, class_names, n=1000):
-    """Draw up to n embeddings (N, d) in two dimensions, coloured by class: t-SNE by cosine, of 50 principal components."""
-    from matplotlib import colormaps
-    from sklearn.manifold import TSNE
-
-    some = balanced_subset(labels, len(embeddings), min(n, len(embeddings)), generator(0, "map"))
-    x = F.normalize(embeddings[some], dim=1)
-    x = x - x.mean(0)
-    x = x @ torch.linalg.svd(x, full_matrices=False).Vh[:50].T
-    perplexity = min(30, max(1, (len(x) - 1) / 3))
-    init = "pca" if len(x) > 4 and x.std() > 0 else "random"  # scikit-learn crashes on equal embeddings, which have no components
-    points = TSNE(perplexity=perplexity, init=init, random_state=0).fit_transform(x.numpy())
-    figure, ax = axes(4.2, 4.2)
-    ax.set_axis_off()
-    groups = [(name, labels[some] == i) for i, name in enumerate(class_names)] if labels is not None else [("", slice(None))]
-    C = len(groups)
-    palette = colormaps["tab10"] if C <= 10 else colormaps["tab20"] if C <= 20 else colormaps["hsv"].resampled(C)
-    for i, (name, rows) in enumerate(groups):
-        ax.scatter(*points[rows].T, s=5, color=palette(i), label=name, linewidths=0)
-    if 1 < C <= 20:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, markerscale=3, columnspacing=1, handletextpad=0.2)
-    return figure
-
-
-def confusion_matrix(truth, predicted, n_classes):
-    """Return int64 (n_classes, n_classes): how many images of a class, the row, were taken for a class, the column."""
-    return torch.bincount(truth * n_classes + predicted, minlength=n_classes**2).view(n_classes, n_classes)
-
-
-def confusion_figure(matrix, class_names):
-    C = len(class_names)
-    figure, ax = axes(4.2, 4.2)
-    share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    ax.set_xlabel("predicted")
-    ax.set_ylabel("true")
-    if C <= 20:
-        ax.set_xticks(range(C), class_names, rotation=90)
-        ax.set_yticks(range(C), class_names)
-        for i, j in matrix.nonzero().tolist():
-            colour = "white" if share[i, j] > 0.5 else "black"
-            ax.text(j, i, int(matrix[i, j]), ha="center", va="center", fontsize=6, color=colour)
-    return figure
 
 
 def confused_pairs(matrix, truth, predicted, class_names, test_set, n_pairs=8, n_examples=6):

@@ -179,7 +179,7 @@ def test_images_in_a_file_are_those_in_memory(tmp_path, monkeypatch):
         found = list(image_cache.batches(images, rows, torch.device("cpu")))
         assert all(torch.equal(batch, memory[index]) for batch, index in zip(found, rows, strict=True))
     os.truncate(file.path, 20 * 3 * 16 * 16)
-    with pytest.raises(RunError, match="cut off"):
+    with pytest.raises(RunError, match="damaged"):
         list(image_cache.batches(file, rows, torch.device("cpu")))
 
 

@@ -113,7 +113,14 @@ def test_a_second_signal_leaves_at_once(tiny, tmp_path):
 def test_a_probe_that_was_killed_between_its_files_is_fitted_again(finished, tmp_path, monkeypatch):
     exp_dir = shutil.copytree(finished, tmp_path / "run")
     edit(exp_dir, eval_lr=0.1)
-    monkeypatch.setattr(files, "write_json", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    write_json = files.write_json
+
+    def write_or_stop(path, content):
+        if path.name == "linear_accuracy.json":
+            os.kill(os.getpid(), signal.SIGTERM)
+        write_json(path, content)
+
+    monkeypatch.setattr(files, "write_json", write_or_stop)
     assert run("resume", "--exp_dir", exp_dir).code == 143
     monkeypatch.undo()
     edit(exp_dir, eval_lr="null")
