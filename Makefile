@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test test-slow lint
 
 demo: .venv/installed
 	$(BIN)/python main.py train --exp_name demo --dataset textures $(DEMO)
@@ -13,6 +13,10 @@ DEMO = --arch resnet18-imagenet --n_patches 8 --n_epochs 1 --bs 25 --n_images 20
 test: .venv/installed
 	$(BIN)/python -m pip install -q pytest hypothesis -r requirements-extra.txt
 	$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	$(BIN)/python -m pip install -q pytest hypothesis -r requirements-extra.txt
+	$(BIN)/python -m pytest --slow
 
 lint: .venv/installed
 	$(BIN)/python -m pip install -q ruff

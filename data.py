@@ -252,8 +252,8 @@ class Images:
         found = {"train": fingerprint(train_set), "test": test_set and fingerprint(test_set), "class_names": class_names}
         if self.expected not in (None, found):
             raise UsageError(f"the images of {hp.dataset} in {hp.data_dir} are not those that this run was trained on (or "
-                             f"another version of Pillow decodes them otherwise): bring them back, or train under a new "
-                             f"--exp_name")  # fmt: skip
+                             f"another version of Pillow decodes them otherwise, or its checkpoints are another run's): bring "
+                             f"them back, or train under a new --exp_name")  # fmt: skip
         log.info(f"* Images: {len(train_set.images)} train, {n_test} test, {len(class_names)} classes")
         return {"train": train_set, "test": test_set}, found
 

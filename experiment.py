@@ -220,7 +220,7 @@ def load_checkpoint(path):
         check_types(content, CHECKPOINT)
         check_types(content["state"], STATE)
         from_dict(content["hparams"], "hparams")
-        state, buffers = content["state"], [entry["momentum_buffer"] for entry in content["optimizer"].values()]
+        state, buffers = content["state"], [value for entry in content["optimizer"].values() for value in entry.values()]
         tensors = [*content["encoder"].values(), *buffers, state["totals"], state["recent"]]
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise ValueError("a number that is not finite")

@@ -60,7 +60,7 @@ class Hparams:
                                       "batch norm is over one pass (default: all)", low=3)  # fmt: skip
     lr: float = setting(0.3, "encoder", "learning rate at the start", low=0, above=True)
     schedule: str = setting("cosine", "encoder", "learning-rate schedule: cosine to 0, or constant", choices=SCHEDULES)
-    optimizer: str = setting("lars", "encoder", "optimizer", choices=("lars", "sgd"))
+    optimizer: str = setting("lars", "encoder", "optimizer", choices=("lars", "muon", "sgd", "adamw"))
     weight_decay: float = setting(1e-4, "encoder", "weight decay", low=0)
     uniformity_loss: str = setting("tcr", "encoder", "loss that spreads the embeddings", choices=tuple(UNIFORMITY))
     invariance_loss_weight: float = setting(200.0, "encoder", "coefficient of the invariance loss", low=0)

@@ -22,6 +22,7 @@ from infra.metrics import read_png
 from infra.signals import Interrupted, hold_signals
 from lars import LARS
 from loss import emp_ssl_loss
+from muon import Muon
 from patches import batch_params, render, sample_patches
 
 STEP_METRICS = ("invariance loss", "uniformity loss", "gradient norm")  # of each step, in this order
@@ -134,9 +135,13 @@ def build_step(hp, network, optimizer, bf16):
                    bf16=bf16)  # fmt: skip
 
 
-def build_optimizer(hp, encoder):
-    """Return LARS with the authors' trust coefficient, .005, or plain SGD, over the weights that are not frozen."""
+def build_optimizer(hp, encoder, bf16=False):
+    """Return the optimizer of a run, over the weights that are not frozen. LARS has the authors' trust coefficient, .005."""
     params = [p for p in encoder.parameters() if p.requires_grad]
+    if hp.optimizer == "muon":
+        return Muon(params, hp.lr, bf16=bf16)
+    if hp.optimizer == "adamw":
+        return torch.optim.AdamW(params, hp.lr, weight_decay=hp.weight_decay)
     if hp.optimizer == "sgd":
         return torch.optim.SGD(params, hp.lr, momentum=0.9, weight_decay=hp.weight_decay, nesterov=True)
     return LARS(params, hp.lr, momentum=0.9, weight_decay=hp.weight_decay, nesterov=True, eta=0.005, clip=True)
@@ -160,7 +165,7 @@ def train(hp, run, encoder, images, bf16):
     device = next(encoder.parameters()).device
     pixels = on_device(images["train"].images, device)  # uint8 (N, 3, H, W)
     draw_patches(hp, pixels[:8].to(device), run.patches)
-    optimizer = build_optimizer(hp, encoder)
+    optimizer = build_optimizer(hp, encoder, bf16)
     state = restore(hp, run, optimizer, n_steps=len(pixels) // hp.bs, device=device)
     save = partial(save_checkpoint, hp, run, images.fingerprints, encoder, optimizer, state)
     if not run.checkpoint:
@@ -264,8 +269,8 @@ def restore(hp, run, optimizer, n_steps, device):
 
 def load_momenta(optimizer, momenta):
     """Load the momenta of a checkpoint. Raises UsageError if their shapes are not those of the parameters."""
-    shapes = {i: p.shape for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    if {i: entry["momentum_buffer"].shape for i, entry in momenta.items()} not in ({}, shapes):
+    shapes = {i: {p.shape} for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    if {i: {value.shape for value in entry.values() if value.ndim} for i, entry in momenta.items()} not in ({}, shapes):
         raise UsageError("the momenta of the checkpoint do not fit its weights")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": momenta})
 

@@ -13,7 +13,14 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU; subproce
 
 
 def pytest_addoption(parser):
-    parser.addoption("--runs", type=int, default=10, help="kills of test_chaos.py")
+    parser.addoption("--runs", type=int, default=10, help="kills of test_chaos.py, and a third of the rounds of test_campaign.py")
+    parser.addoption("--slow", action="store_true", help="the tests that are marked slow too")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items if not config.getoption("--slow") else ():
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: pass --slow"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -32,7 +32,7 @@ def dry_run(hp, n_timed=3):
         log.info(f"* Parameters: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} million")
         log.info(f"* Operations: {operations / 1e12:.3g} TFLOP a step in the network, {n_steps} steps of {n_patches} patches")
         log_memory(hp, encoder, pixels, precision == "bf16")
-        network, optimizer = distributed.data_parallel(encoder, device), build_optimizer(hp, encoder)
+        network, optimizer = distributed.data_parallel(encoder, device), build_optimizer(hp, encoder, precision == "bf16")
         step = build_step(hp, torch.compile(network) if hp.compile else network, optimizer, precision == "bf16")
         for i in range(n_timed + 1):
             if i == 1:  # the first step takes longer

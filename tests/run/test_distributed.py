@@ -137,6 +137,46 @@ def test_one_process_that_dies_or_is_told_to_stop_ends_the_others_and_the_run_re
         assert run("resume", "--exp_dir", tmp_path / name / RUN).code == 0
 
 
+KILLED = """
+import os, signal, sys, main
+import evaluate, train
+from infra import image_cache
+place, ranks, *argv = sys.argv[1:]
+image_cache.MANY = 4
+def kill(owner, name):
+    function = getattr(owner, name)
+    def killed(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if os.environ["RANK"] in ranks:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, name, killed)
+if place != "nowhere":
+    kill(*{"decoding": (image_cache, "size_and_time"), "encoding": (evaluate, "encode"),
+           "checkpoint": (train, "check_finite")}[place])
+sys.exit(main.main(argv))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_killed_anywhere_and_resumed_end_with_the_same_bits(tiny, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+
+    def start(place, ranks, name):
+        env = {**ONE_THREAD, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, *LAUNCH, "2", tmp_path / "killed.py", place, ranks, *tiny, "--log_folder", tmp_path / name]
+        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+
+    assert start("nowhere", "", "undisturbed").returncode == 0
+    for place in ("decoding", "checkpoint", "encoding"):
+        for ranks in ("0", "1", "01"):
+            name = f"{place}-{ranks}"
+            assert start(place, ranks, name).returncode != 0
+            resumed = start("nowhere", "", name)
+            assert resumed.returncode == 0, resumed.stderr
+            assert contents(tmp_path / name / RUN) == contents(tmp_path / "undisturbed" / RUN), name
+
+
 @pytest.mark.parametrize("max_patches", [3, 63])
 def test_in_chunks_loss_and_gradient_are_those_of_the_whole_batch(max_patches, tmp_path):
     assert_equal_to_rounding(one_step("", tmp_path), one_step(f"--max_patches {max_patches}", tmp_path))
