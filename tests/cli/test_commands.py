@@ -70,6 +70,14 @@ def test_precision_auto_and_unknown_devices(monkeypatch, tmp_path):
         assert name in result.err
 
 
+def test_cleanup_keeps_the_newest_checkpoint_that_is_whole(copy, tmp_path):
+    newest = copy / "checkpoints" / "1.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    result = run("cleanup", "--log_folder", tmp_path, "--keep", "1", "-y")
+    assert result.code == 0 and "1.pt can't be read" in result.err
+    assert {path.name for path in (copy / "checkpoints").iterdir()} >= {"0.pt", "1.pt"}
+
+
 def test_cleanup_asks_keeps_the_newest_and_says_how_much_it_freed(copy, tmp_path, monkeypatch):
     for epoch in range(2, 12):
         shutil.copy(copy / "checkpoints" / "1.pt", copy / "checkpoints" / f"{epoch}.pt")

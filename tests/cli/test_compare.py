@@ -1,5 +1,6 @@
 import csv
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,26 @@ def test_the_table_for_people_lines_up(logs):
 def test_a_run_that_is_in_use_is_running(logs):
     with locked(Run(logs / "half").lock):
         assert rows(logs)["half"]["status"] == "running, epoch 1 step 6"
+
+
+def test_whatever_lies_in_one_folder_the_others_are_shown(logs, finished):
+    names = ("junk", "folder", "digit", "fifo", "foreign")
+    for name in names:
+        shutil.copytree(finished, logs / name)
+    (logs / "junk" / "environment.json").write_bytes(b"[[]]\xff")
+    (logs / "folder" / "lock").mkdir()
+    result = logs / "digit" / "linear_accuracy.json"
+    result.write_text(result.read_text().replace('"top1": 100.0', '"top1": 90.0'))
+    (logs / "fifo" / "hparams.yaml").unlink()
+    os.mkfifo(logs / "fifo" / "hparams.yaml")
+    shutil.copy(logs / "b" / "linear_accuracy.json", logs / "foreign")
+    found = rows(logs)
+    assert [found[name]["top1"] for name in names] == ["", "100.0", "", "", ""]
+    for name, status in (("a", "finished"), ("junk", "unfinished"), ("folder", "finished"), ("fifo", "broken: "),
+                         ("digit", "linear_accuracy.json is missing or damaged: resume it"), ("foreign", "missing or damaged")):
+        assert status in found[name]["status"]
+    assert run("resume", "--exp_dir", logs / "digit").code == 0
+    assert rows(logs)["digit"]["top1"] == "100.0"
 
 
 def test_no_experiments(tmp_path):

@@ -17,8 +17,8 @@ import loss
 import train
 from experiment import Run
 from hparams import SETTINGS
-from infra import files, lock
-from infra.errors import explain
+from infra import distributed, files, lock
+from infra.errors import UsageError, explain
 
 
 def wrong_values(param):
@@ -234,6 +234,33 @@ def test_embeddings_that_are_not_finite_are_not_written(tiny, tmp_path, monkeypa
     monkeypatch.setattr(evaluate, "encode", broken)
     assert refused(run(*tiny, "--log_folder", tmp_path), 1, "embeddings of the train images are not finite")
     assert not list((tmp_path / RUN / "artifacts").iterdir())
+
+
+def test_a_probe_that_diverges_is_an_error_and_not_a_result(tiny, tmp_path, monkeypatch):
+    linear = evaluate.linear
+    monkeypatch.setattr(evaluate, "linear", lambda weight, bias: linear(weight * torch.inf, bias))
+    result = run(*tiny, "--log_folder", tmp_path, "--eval_lr", "1e9")
+    assert refused(result, 1, "weights of the linear probe are not finite with eval_lr 1e+09")
+    assert not (tmp_path / RUN / "probe.pt").exists()
+
+
+def test_features_beyond_float16_are_not_saved(tiny, tmp_path, monkeypatch):
+    encode = evaluate.encode
+
+    def encode_large(*args, **kwargs):
+        encoded = encode(*args, **kwargs)
+        return encoded | {"features": 10 * 65504 * encoded["features"]}
+
+    monkeypatch.setattr(evaluate, "encode", encode_large)
+    assert refused(run(*tiny, "--log_folder", tmp_path, "--save_proj"), 1, "save_proj: features of the train images")
+    assert not list(tmp_path.rglob("train.pt"))
+
+
+def test_processes_with_a_single_patch_each_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    assert distributed.shard_size(2, 2) == 1
+    with pytest.raises(UsageError, match="single patch in each of 2 processes"):
+        distributed.shard_size(2, 1)
 
 
 @pytest.mark.parametrize("text", [

@@ -1,11 +1,13 @@
+import os
 import re
 import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 
 import pytest
 import torch
-from helpers import changed_files, edit, fingerprints, run, write_images
+from helpers import ROOT, changed_files, edit, fingerprints, run, write_images
 
 from infra import files
 from tools import report
@@ -117,6 +119,55 @@ def test_images_are_shown_only_if_they_are_those_of_the_run(copy, images, tmp_pa
     shutil.rmtree(copy / "checkpoints")
     page, _ = page_of(copy)
     assert "no checkpoint that can be read" in page.text and not any("neighbour" in image["alt"] for image in page.images)
+
+
+@pytest.mark.parametrize("name", ["artifacts/test.pt", "probe.pt", "linear_accuracy.json", "metrics.jsonl"])
+@pytest.mark.parametrize("fault", ["damaged", "of another run"])
+def test_what_is_damaged_or_of_another_run_is_named_and_not_shown(copy, of_other_images, name, fault):
+    if fault == "damaged":
+        (copy / name).write_bytes((copy / name).read_bytes()[:-50])
+    else:
+        shutil.copy(of_other_images / name, copy / name)
+    page, result = page_of(copy)
+    assert name in page.text + result.out + result.err
+    alts = " ".join(image["alt"] for image in page.images)
+    assert "confusion" not in alts and "t-SNE" not in alts
+    assert ("linear probe, %" in alts) == (name != "metrics.jsonl")
+    assert ("linear probe, top-5" in page.text) == (name != "linear_accuracy.json")
+
+
+@pytest.fixture(scope="module")
+def of_other_images(tiny, tmp_path_factory):
+    """A run with the settings of the others, of other images."""
+    root = tmp_path_factory.mktemp("other")
+    for seed, (split, n) in enumerate((("train", 12), ("test", 5))):
+        for name in ("across", "down"):
+            write_images(root / "images" / split / name, n, 20 + 2 * seed + len(name))
+    assert run(*tiny, "--data_dir", root / "images", "--log_folder", root / "logs").code == 0
+    (exp_dir,) = (root / "logs").iterdir()
+    return exp_dir
+
+
+def test_one_test_image_and_a_class_with_dollar_signs(tiny, images, tmp_path):
+    folder = shutil.copytree(images, tmp_path / "images")
+    for split in ("train", "test"):
+        os.rename(folder / split / "down", folder / split / "$_$")
+        for path in list((folder / split).rglob("*.png"))[1:] if split == "test" else ():
+            path.unlink()
+    assert run(*tiny, "--data_dir", folder, "--log_folder", tmp_path / "logs").code == 0
+    page, _ = page_of(next((tmp_path / "logs").iterdir()))
+    assert "confusion" in " ".join(image["alt"] for image in page.images)
+
+
+def test_two_reports_at_once(copy):
+    """The second begins and ends while the first writes."""
+    atomic_write = files.atomic_write(copy / "report.html")
+    with atomic_write as file:
+        file.write(b"first")
+        code = "import os, sys, main\nsys.exit(main.main(sys.argv[1:]))"
+        done = subprocess.run([sys.executable, "-c", code, "report", "--exp_dir", copy], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (copy / "report.html").read_text() == "first"
 
 
 def test_images_without_labels_and_a_name_that_is_html(tiny, tmp_path):

@@ -343,6 +343,68 @@ def test_cifar(name, tmp_path, monkeypatch, offline):
             assert len(data.load_images(name, tmp_path / "data", True).images) == 20 * len(file_names[:-1])
 
 
+def labelled(tmp_path, text, encoding="utf-8"):
+    """Write a.png, b.png and a CSV file of labels; return what load_images makes of them."""
+    for name, value in (("a.png", 1), ("b.png", 2)):
+        write(tmp_path / "images" / name, np.full((16, 16, 3), value))
+    (tmp_path / "labels.csv").write_text(text, encoding=encoding)
+    return data.load_images("folder", tmp_path / "images", True, 16, tmp_path / "labels.csv")
+
+
+@pytest.mark.parametrize(("text", "encoding"), [
+    ("a.png,x\nb.png,y\n", "utf-8-sig"),
+    ("filename,class\na.png,x\nb.png,y\n", "utf-8"),
+    ("path,label\na.png,x\nb.png,y\n", "utf-8-sig"),
+    ("a.png,x\nb.png,y\na.png,x\n", "utf-8"),
+])  # fmt: skip
+def test_labels_with_a_byte_order_mark_a_header_or_the_same_line_twice(tmp_path, text, encoding):
+    images, labels, class_names = labelled(tmp_path, text, encoding)
+    assert (labels.tolist(), class_names) == ([0, 1], ["x", "y"])
+
+
+def test_labels_that_contradict_each_other_or_are_of_no_image(tmp_path, capsys):
+    with pytest.raises(UsageError, match="row 3 gives a.png the label 'y', an earlier one 'x'"):
+        labelled(tmp_path, "a.png,x\nb.png,y\na.png,y\n")
+    assert labelled(tmp_path, "a.png,x\nb.png,y\nc.png,z\n").class_names == ["x", "y"]
+    assert "left out 1 lines of images that are not in" in capsys.readouterr().err
+
+
+def test_a_class_folder_that_can_not_be_read_or_whose_name_is_not_utf8(tmp_path, monkeypatch):
+    write_many(tmp_path / "train", 4)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(UsageError, match="b can't be read: Permission denied"):
+            data.load_images("folder", tmp_path, True, 16)
+    os.rename(tmp_path / "train" / "b", tmp_path / "train" / os.fsdecode(b"b\xe9"))
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        data.load_images("folder", tmp_path, True, 16)
+
+
+def test_an_eps_and_a_fifo_are_not_images_and_start_and_hold_nothing(tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "eps.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    os.mkfifo(tmp_path / "fifo.png")
+    for name in ("eps.png", "fifo.png"):
+        with pytest.raises(image_cache.UnreadableImage, match=name):
+            image_cache.read_image(tmp_path / name, 16)
+    assert not (tmp_path / "started").exists()
+
+
+def test_without_a_home_the_cache_is_a_temporary_folder(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user that the system does not know
+    assert image_cache.cache_path("name", "folder").is_absolute()
+
+
 def test_textures():
     train, test = (data.load_images("textures", "not used", train) for train in (True, False))
     for split, n in [(train, 4000), (test, 1000)]:

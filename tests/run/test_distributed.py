@@ -162,16 +162,16 @@ sys.exit(main.main(argv))
 def test_two_processes_killed_anywhere_and_resumed_end_with_the_same_bits(tiny, tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
 
-    def start(place, ranks, name):
+    def start(place, victims, name):
         env = {**ONE_THREAD, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, *LAUNCH, "2", tmp_path / "killed.py", place, ranks, *tiny, "--log_folder", tmp_path / name]
+        command = [sys.executable, *LAUNCH, "2", tmp_path / "killed.py", place, victims, *tiny, "--log_folder", tmp_path / name]
         return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
     assert start("nowhere", "", "undisturbed").returncode == 0
     for place in ("decoding", "checkpoint", "encoding"):
-        for ranks in ("0", "1", "01"):
-            name = f"{place}-{ranks}"
-            assert start(place, ranks, name).returncode != 0
+        for victims in ("0", "1", "01"):
+            name = f"{place}-{victims}"
+            assert start(place, victims, name).returncode != 0
             resumed = start("nowhere", "", name)
             assert resumed.returncode == 0, resumed.stderr
             assert contents(tmp_path / name / RUN) == contents(tmp_path / "undisturbed" / RUN), name

@@ -1,29 +1,44 @@
-"""A tiny run whose numbers are kept in golden.json: a change of the numerics must be meant.
+"""Numbers of a fixed run that are kept in golden.json: a change of the numerics must be meant.
 
     UPDATE_GOLDEN=1 python -m pytest tests/run/test_golden.py      # after a change that is meant
 """
 
+import copy
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import RUN, trained_with, training_lines
+from helpers import pictures
 
-from infra import files
+from evaluate import encode
+from experiment import build_encoder
+from hparams import Hparams
+from infra.device import generator
+from patches import Views
+from train import build_optimizer, build_step
 
 GOLDEN = Path(__file__).with_name("golden.json")
+TOLERANCE = {"invariance": 2e-3, "uniformity": 2e-3, "gradient norm": 4e-2, "embeddings": 5e-3}  # twice what was seen
+HP = Hparams(arch="resnet18-tiny", h_dim=64, z_dim=16, n_patches=4, bs=16, precision="fp32", device="cpu")
 
 
-def test_losses_and_embeddings_are_those_that_were_kept(tiny, tmp_path):
-    """30 steps in float32. Other processors and numbers of threads round otherwise: up to 1e-5 was seen."""
-    trained_with("--n_epochs", "5", "--lr", "0.03", "--print_freq", "1", tiny=tiny, tmp_path=tmp_path)
-    lines = training_lines(tmp_path / RUN)
-    embeddings = files.load(tmp_path / RUN / "artifacts" / "test.pt")["embeddings"]
-    found = {"invariance": [line["loss_sim"] for line in lines], "uniformity": [line["loss_uniformity"] for line in lines],
-             "embeddings": embeddings.flatten().tolist()}  # fmt: skip
-    assert len(lines) == 30
+def test_losses_gradients_and_embeddings_are_those_that_were_kept():
+    """Ten times three steps from the same weights, each with other patches. More steps in a row would multiply the rounding,
+    which differs between processors and numbers of threads."""
+    images, first = pictures(16), build_encoder(HP, None)
+    metrics = []
+    for i in range(10):
+        encoder = copy.deepcopy(first)
+        step = build_step(HP, encoder, build_optimizer(HP, encoder), bf16=False)
+        metrics += [step(images, generator(0, "golden", i, k)).tolist() for k in range(3)]
+    embeddings = encode(first, images, Views(4, "grid", 32), partial(generator, 0, "golden"))["embeddings"]
+    invariance, uniformity, grad_norm = map(list, zip(*metrics, strict=True))
+    found = {"invariance": invariance, "uniformity": uniformity, "gradient norm": grad_norm,
+             "embeddings": embeddings[:4].flatten().tolist()}  # fmt: skip
     if os.environ.get("UPDATE_GOLDEN"):
-        GOLDEN.write_text(json.dumps({name: [round(value, 6) for value in values] for name, values in found.items()}) + "\n")
+        rounded = {name: [float(f"{value:.6g}") for value in values] for name, values in found.items()}
+        GOLDEN.write_text(json.dumps(rounded) + "\n")
     for name, values in json.loads(GOLDEN.read_text()).items():
-        assert found[name] == pytest.approx(values, rel=1e-3, abs=1e-4), name
+        assert found[name] == pytest.approx(values, rel=TOLERANCE[name], abs=2e-3), name

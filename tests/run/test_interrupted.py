@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import ROOT, RUN, contents, edit, fingerprints, refused, run, step_of
 
+import data
 import evaluate
 from experiment import Run, load_checkpoint
 from infra import files
@@ -57,7 +59,7 @@ def test_sigkill_then_resume(tiny, finished, tmp_path, name, step):
     assert contents(tmp_path / RUN) == contents(finished)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on(tiny, finished, tmp_path, signum, code):
     """Checkpoints within an epoch are off here, so the one at the signal is what resume goes on from."""
     command = [*tiny, "--checkpoint_every", "1000", "--print_freq", "1", "--log_folder", str(tmp_path)]
@@ -212,6 +214,74 @@ def test_what_a_killed_process_left_half_written_is_removed(finished, tmp_path):
         (exp_dir / name).write_bytes(b"half")
     assert run("resume", "--exp_dir", exp_dir).code == 0
     assert contents(exp_dir) == contents(finished)
+
+
+@pytest.fixture
+def stopped(tiny, tmp_path, monkeypatch):
+    """A run that a signal stopped in its second epoch, after the line of step 8."""
+    from infra.metrics import Journal
+
+    add = Journal.add
+
+    def add_and_stop(self, **values):
+        add(self, **values)
+        if values.get("global_step") == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", add_and_stop)
+        assert run(*tiny, "--log_folder", tmp_path).code == 143
+    return tmp_path / RUN
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text[:20] + b"\xff\xfe" + text[20:],
+    lambda text: text[:-10],
+    lambda text: text.replace(b'"epoch"', b'"epo\xe9h"', 1),
+    lambda text: b"",
+])  # fmt: skip
+def test_damaged_metrics_do_not_stop_a_run_and_no_lines_are_joined(stopped, finished, damage):
+    path = stopped / "metrics.jsonl"
+    path.write_bytes(damage(path.read_bytes()))
+    result = run("resume", "--exp_dir", stopped)
+    assert result.code == 0, result.err
+    ours, undisturbed = files.read_jsonl(path), files.read_jsonl(finished / "metrics.jsonl")
+    names = ("global_step", "probe_epoch", "loss_sim", "top1")
+    ours, undisturbed = ([tuple(line.get(name) for name in names) for line in lines] for lines in (ours, undisturbed))
+    assert set(ours) <= set(undisturbed) and ours[-4:] == undisturbed[-4:]
+    path.unlink()
+    assert contents(stopped) == {name: content for name, content in contents(finished).items() if name != "metrics.jsonl"}
+
+
+def test_a_damaged_picture_is_drawn_again(stopped, finished):
+    picture = stopped / "patches.png"
+    picture.write_bytes(picture.read_bytes()[:300])
+    assert run("resume", "--exp_dir", stopped).code == 0
+    assert contents(stopped) == contents(finished)
+
+
+def test_hparams_edited_while_resume_loads_its_data_stay_edited(stopped, monkeypatch):
+    load_images = data.load_images
+
+    def load_and_edit(*args):
+        edit(stopped, print_freq=3)
+        return load_images(*args)
+
+    monkeypatch.setattr(data, "load_images", load_and_edit)
+    assert run("resume", "--exp_dir", stopped).code == 0
+    assert Run(stopped).read_hparams().print_freq == 3
+
+
+@pytest.mark.parametrize("megabytes", [1, 4, 9])
+def test_a_disk_that_is_really_full(tiny, tmp_path, megabytes):
+    mount = f"mount -t tmpfs -o size={megabytes}m none {tmp_path}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    command = " ".join(shlex.quote(str(word)) for word in (sys.executable, ROOT / "main.py", *tiny, "--log_folder", tmp_path))
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", f"{mount} && {command}"], capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("warning: no more TensorBoard events")]
+    assert done.returncode == 1
+    assert len(errors) == 1 and errors[0].startswith("error: no space left on the disk"), done.stderr
 
 
 def test_two_processes_in_one_run_folder(tiny, finished, tmp_path):

@@ -11,7 +11,7 @@ import helpers
 import pytest
 import torch
 import yaml
-from helpers import ROOT, RUN, changed_files, contents, edit, fingerprints, run, trained_with, training_lines
+from helpers import ROOT, RUN, changed_files, contents, edit, fingerprints, refused, run, trained_with, training_lines
 from PIL import Image
 
 from experiment import Run
@@ -221,6 +221,17 @@ def test_other_images_under_the_same_name_are_refused(copy, images, tmp_path):
     result = run("resume", "--exp_dir", copy)
     assert result.code == 2
     assert "are not those that this run was trained on" in result.err
+
+
+def test_labels_that_were_edited_after_the_run_are_refused(tiny, images, tmp_path):
+    paths = sorted(path.relative_to(images) for path in images.rglob("*.png"))
+    labels = tmp_path / "labels.csv"
+    labels.write_text("".join(f"{path},{path.parts[1]}\n" for path in paths))
+    command = (*tiny, "--labels", labels, "--log_folder", tmp_path / "logs")
+    assert run(*command).code == 0
+    assert "Loading" not in run(*command).out
+    labels.write_text(labels.read_text().replace(",across", ",down", 1))
+    assert refused(run(*command), 2, "are not those that this run was trained on")
 
 
 def test_train_again_goes_on_says_what_differs_and_starts_over_only_when_told(tiny, finished, tmp_path):

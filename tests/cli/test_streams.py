@@ -1,0 +1,79 @@
+"""Standard streams that are closed, names that do not fit, and signals at odd moments."""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import ONE_THREAD, ROOT, RUN, refused, run
+
+from infra import image_cache, signals
+
+
+def shell(words, redirect, **env):
+    command = " ".join(shlex.quote(str(word)) for word in (sys.executable, ROOT / "main.py", *words))
+    return subprocess.run(f"exec {command} {redirect}", shell=True, capture_output=True, text=True, env={**ONE_THREAD, **env})
+
+
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(copy, redirect):
+    """What is printed goes nowhere, and into no file."""
+    done = shell(["export", "--exp_dir", copy, "--format", "torchvision"], redirect)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (copy / "export" / "backbone.pt").stat().st_size > 10**6
+
+
+def test_cleanup_without_an_input_removes_nothing(copy):
+    done = shell(["cleanup", "--log_folder", copy.parent, "--keep", "1"], "<&-")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "Remove them? [y/N] Nothing removed")
+    assert (copy / "checkpoints" / "0.pt").exists()
+
+
+def test_a_name_that_the_output_can_not_spell(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "größe 犬")
+    done = shell(["compare", tmp_path], "", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"gr\xf6\xdfe \u72ac" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "x" * 300, "犬" * 60, "a\nb"])
+def test_exp_name_is_the_name_of_one_folder(tiny, tmp_path, name):
+    assert refused(run(*tiny, "--log_folder", tmp_path / "logs", "--exp_name", name), 2, "exp_name")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_the_imports(tmp_path, signum):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(f"import os\nos.kill(os.getpid(), {int(signum)})\nwhile True: pass\n")
+    done = shell(["--help"], "", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signum, "", "")
+
+
+def test_a_signal_that_is_swallowed_counts_at_the_end():
+    with pytest.raises(signals.Interrupted) as caught, signals.raise_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        except signals.Interrupted:
+            pass  # as in os.fork, where Python ignores what a handler raises
+    assert caught.value.signum == signal.SIGUSR1
+
+
+def test_a_signal_while_processes_are_forked_to_decode(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_cache, "MANY", 4)
+    fork, n = os.fork, []
+
+    def fork_and_signal():
+        n.append(1)
+        if len(n) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fork()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "fork", fork_and_signal)
+    result = run(*tiny, "--log_folder", tmp_path / "logs")
+    assert (result.code, result.err) == (143, "stopped\n") and n
+    assert not (tmp_path / "logs" / RUN / "checkpoints").exists()
