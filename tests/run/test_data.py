@@ -358,12 +358,12 @@ def labelled(tmp_path, text, encoding="utf-8"):
     ("a.png,x\nb.png,y\na.png,x\n", "utf-8"),
 ])  # fmt: skip
 def test_labels_with_a_byte_order_mark_a_header_or_the_same_line_twice(tmp_path, text, encoding):
-    images, labels, class_names = labelled(tmp_path, text, encoding)
+    _, labels, class_names = labelled(tmp_path, text, encoding)
     assert (labels.tolist(), class_names) == ([0, 1], ["x", "y"])
 
 
 def test_labels_that_contradict_each_other_or_are_of_no_image(tmp_path, capsys):
-    with pytest.raises(UsageError, match="row 3 gives a.png the label 'y', an earlier one 'x'"):
+    with pytest.raises(UsageError, match=r"row 3 gives a\.png the label 'y', an earlier one 'x'"):
         labelled(tmp_path, "a.png,x\nb.png,y\na.png,y\n")
     assert labelled(tmp_path, "a.png,x\nb.png,y\nc.png,z\n").class_names == ["x", "y"]
     assert "left out 1 lines of images that are not in" in capsys.readouterr().err

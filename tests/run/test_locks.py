@@ -191,7 +191,7 @@ def test_workers_end_with_a_process_that_is_killed_and_the_lock_is_free(tiny, tm
 
 def test_a_killed_worker_ends_the_run_with_one_line(tiny, tmp_path):
     process = start(SLOW_DECODE, *tiny, "--log_folder", tmp_path / "logs", XDG_CACHE_HOME=str(tmp_path / "cache"), KILL="1")
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (1, "error: a process that decodes images was killed: give the command again\n")
 
 
