@@ -20,11 +20,15 @@ from infra.image_cache import batches, on_device, subset
 from model import fold_batch_norm
 from patches import sample_views
 
+# emb_pool: the tensors of a view that are its representation. backbone: before the head; features: h; projections: z.
+POOLED = {"features": ("features",), "proj": ("projections",), "backbone": ("backbone",), "both": ("backbone", "features")}
+
 
 class Output(NamedTuple):
     """Which tensors encode returns, and its precision."""
 
-    emb_pool: str = "features"  # what is averaged over the views: features (h) or proj (z)
+    emb_pool: str = "features"  # what is averaged over the views, a key of POOLED
+    pool_grid: int = 1  # the views of a grid are averaged in so many parts along each axis, which stand side by side
     save_proj: bool = False  # return h and z of each view too
     bf16: bool = False  # weights and activations in bfloat16
 
@@ -32,37 +36,53 @@ class Output(NamedTuple):
 @torch.inference_mode()
 @without_tuning()
 def encode(encoder, images, views, rng, bs=100, output=Output(), progress=iter):  # noqa: B008, a tuple does not change
-    """Return the representation of each image: the mean over its views of h, or of z (the bag of patches).
+    """Return the representation of each image: the mean over its views of h, or what output says (the bag of patches).
 
     encoder: a model.Encoder. It runs in eval mode and is not modified. images: uint8 (N, 3, H, W), a tensor on the
     encoder's device or an ImageFile. views: a patches.Views. rng: rng(step=i) returns the generator of
     the random views of batch i. bs: images in a batch. progress: wraps the sequence of batches. Several processes share
     the batches, and each returns the whole.
-    Returns a dict: embeddings, float32 (N, h_dim or z_dim) on the CPU; n_views, the number of views of an image; and with
-    output.save_proj features, float16 (N, n_views, h_dim), and projections, float16 (N, n_views, z_dim), on the CPU.
+    Returns a dict: embeddings, float32 (N, pool_grid² dim) on the CPU, where dim is that of emb_pool; n_views, the number of
+    views of an image; and with output.save_proj features, float16 (N, n_views, h_dim), and projections, float16
+    (N, n_views, z_dim), on the CPU.
     Source: arXiv 2304.03977, section 2.2 (bag-of-feature representation).
     """
     device, dtype = next(encoder.parameters()).device, torch.bfloat16 if output.bf16 else torch.float32
     encoder = fold_batch_norm(encoder).to(dtype, memory_format=torch.channels_last)
-    N, h_dim, z_dim = len(images), encoder.features[0].out_features, encoder.projection[-1].out_features
-    embeddings, saved = torch.zeros(N, h_dim if output.emb_pool == "features" else z_dim, device=device), {}
+    N, wanted, dims, saved = len(images), POOLED[output.emb_pool], dims_of(encoder), {}
+    embeddings = torch.zeros(N, output.pool_grid**2 * sum(dims[name] for name in wanted), device=device)
     if output.save_proj:
-        saved = {name: torch.zeros(N, views.count, dim, dtype=torch.float16)
-                 for name, dim in (("features", h_dim), ("projections", z_dim))}  # fmt: skip
+        saved = {name: torch.zeros(N, views.count, dims[name], dtype=torch.float16) for name in ("features", "projections")}
     steps = distributed.shard(range(math.ceil(N / bs)))
     slices = [slice(step * bs, (step + 1) * bs) for step in steps]
     for step, rows, batch in zip(progress(steps), slices, batches(images, slices, device), strict=False):
         x = sample_views(batch, views, rng(step=step))  # (V, B, 3, S, S)
-        h = encoder.features(encoder.backbone(x.flatten(0, 1).to(dtype, memory_format=torch.channels_last)))  # (V B, h_dim)
-        pooled = {"features": h}
-        if output.save_proj or output.emb_pool == "proj":  # the projection is a third of the work of resnet18-imagenet
-            pooled["projections"] = F.normalize(encoder.projection(h).float(), dim=-1)
-        pooled = {name: tensor.float().unflatten(0, x.shape[:2]) for name, tensor in pooled.items()}  # (V, B, dim)
-        embeddings[rows] = pooled["features" if output.emb_pool == "features" else "projections"].mean(0)
+        found = {"backbone": encoder.backbone(x.flatten(0, 1).to(dtype, memory_format=torch.channels_last))}  # (V B, dim)
+        found["features"] = encoder.features(found["backbone"])
+        if output.save_proj or "projections" in wanted:  # the projection is a third of the work of resnet18-imagenet
+            found["projections"] = F.normalize(encoder.projection(found["features"]).float(), dim=-1)
+        pooled = {name: tensor.float().unflatten(0, x.shape[:2]) for name, tensor in found.items()}  # (V, B, dim)
+        embeddings[rows] = mean_of_views(torch.cat([pooled[name] for name in wanted], 2), output.pool_grid)
         for name, tensor in saved.items():
             tensor[rows] = pooled[name].transpose(0, 1).half()  # (B, V, dim)
     saved["embeddings"] = embeddings.cpu()
     return {"n_views": views.count, **{name: distributed.all_reduce_sum(tensor) for name, tensor in saved.items()}}
+
+
+def dims_of(encoder):
+    """Return {name: dimensions} of what the encoder computes of a view."""
+    layer, last = encoder.features[0], encoder.projection[-1]
+    return {"backbone": layer.in_features, "features": layer.out_features, "projections": last.out_features}
+
+
+def mean_of_views(x, pool_grid):
+    """Average x (V, B, dim) over the views. If pool_grid is above 1, the views are a k x k grid and pool_grid divides k: it is
+    averaged in pool_grid x pool_grid parts, which stand side by side. Returns (B, pool_grid² dim)."""
+    if pool_grid == 1:
+        return x.mean(0)
+    k = math.isqrt(len(x))
+    parts = x.view(pool_grid, k // pool_grid, pool_grid, k // pool_grid, *x.shape[1:]).mean((1, 3))  # (grid, grid, B, dim)
+    return parts.permute(2, 0, 1, 3).flatten(1)
 
 
 def encode_images(hp, encoder, images, purpose, bf16, save_proj=False):
@@ -71,7 +91,7 @@ def encode_images(hp, encoder, images, purpose, bf16, save_proj=False):
     bs = max(1, hp.bs * hp.n_patches // views.n)  # as many patches per batch as in training, which fit into memory
     bar = functools.partial(progress, desc=f"encode {purpose}", every=hp.print_freq, unit="patches", size=bs * views.count)
     rng = functools.partial(generator, hp.seed, f"encode-{purpose}")
-    output = Output(hp.emb_pool, save_proj, bf16)
+    output = Output(hp.emb_pool, hp.pool_grid, save_proj, bf16)
     return encode(encoder, on_device(images, next(encoder.parameters()).device), views, rng, bs, output, bar)
 
 
@@ -154,9 +174,9 @@ def linear_probe(x, y, x_test, y_test, n_classes, fit=Fit(), progress=iter):  # 
 
     x float32, y int64, all on one device. fit: a Fit. If fit.lr is None, all of LRS are tried at once on nine tenths of x, the
     best on the last tenth is taken, and the layer is fitted to all of x. progress: wraps the sequence of epochs.
-    Returns (result, layer). result: top1 and top5 of the last epoch, in percent; best_top1 and best_epoch (from 0), chosen on
-    the test set and therefore no fair estimate; per_epoch, a list of [top1, top5]; lr; and held_out, {lr: top-1 on the tenth},
-    empty if there was no choice.
+    Returns (result, layer). result: top1 and top5 of the last epoch, in percent, and train_top1, of x itself; best_top1 and
+    best_epoch (from 0), chosen on the test set and therefore no fair estimate; per_epoch, a list of [top1, top5]; lr; and
+    held_out, {lr: top-1 on the tenth}, empty if there was no choice.
     """
     lr, held_out = fit.lr, {}
     if lr is None and len(x) < 10:
@@ -168,7 +188,7 @@ def linear_probe(x, y, x_test, y_test, n_classes, fit=Fit(), progress=iter):  # 
         per_epoch.append(accuracy(layer, x_test, y_test))
     best_epoch = max(range(fit.n_epochs), key=lambda epoch: per_epoch[epoch][0])
     top1, top5 = per_epoch[-1]
-    best = {"best_top1": per_epoch[best_epoch][0], "best_epoch": best_epoch}
+    best = {"train_top1": accuracy(layer, x, y)[0], "best_top1": per_epoch[best_epoch][0], "best_epoch": best_epoch}
     return {"top1": top1, "top5": top5, **best, "per_epoch": per_epoch, "lr": lr, "held_out": held_out}, layer
 
 

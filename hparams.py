@@ -1,6 +1,7 @@
 """All settings, each declared once. Command-line options, checks of hparams.yaml and cache keys are derived from them."""
 
 import argparse
+import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
@@ -70,7 +71,9 @@ class Hparams:
     test_patches: int | None = setting(None, "encode", "patches per image when encoding (default: n_patches)", low=1, high=10_000)
     eval_views: str = setting("grid", "encode", "views that encode an image: augmented as in training, random crops, or "
                               "a grid of crops", choices=VIEW_KINDS)  # fmt: skip
-    emb_pool: str = setting("features", "encode", "which tensors to pool as the representation", choices=("features", "proj"))
+    emb_pool: str = setting("features", "encode", "which tensors of a view to pool as the representation; backbone: before the "
+                            "head; both: backbone and features", choices=("features", "proj", "backbone", "both"))  # fmt: skip
+    pool_grid: int = setting(1, "encode", "average the views of a grid in so many parts along each axis, side by side", low=1)
     save_proj: bool = setting(False, "encode", "save each patch's embedding and projection too, as float16")
     n_eval_epochs: int = setting(100, "probe", "epochs of the linear probe", low=1, high=100_000)
     eval_lr: float | None = setting(None, "probe", "learning rate of the probe (default: the best of six on a held-out tenth)",
@@ -97,6 +100,9 @@ class Hparams:
             raise UsageError("bs 1 with n_patches 1 leaves batch norm a single patch: raise one of them")
         if self.n_patches % self.bags:
             raise UsageError(f"bags must divide n_patches {self.n_patches}, not {self.bags}")
+        k = math.isqrt(self.test_views.n)
+        if self.pool_grid > 1 and (self.eval_views != "grid" or k % self.pool_grid):
+            raise UsageError(f"pool_grid must divide the side of a grid of views, {k} of {self.eval_views}, not {self.pool_grid}")
         if self.image_size % 2:
             raise UsageError(f"image_size must be even, a patch being half as wide, not {self.image_size}")
 

@@ -122,6 +122,7 @@ def log_result(result, missing):
     log.info(f"linear probe     top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  last epoch, {result['n_test']} images")
     chosen = " chosen on a tenth of the training images" if result["held_out"] else ""
     log.info(f"                 learning rate {result['lr']:g}{chosen}")
+    log.info(f"                 top-1 {result['train_top1']:.2f}%  of the training images themselves")
     log.info(f"                 top-1 {result['best_top1']:.2f}%  best epoch ({result['best_epoch']}), chosen on the test images")
     for name, (title, _) in METRICS.items():
         log.info(f"{title:16} top-1 {result[name]:.2f}%")

@@ -16,13 +16,12 @@ from experiment import STATE, n_steps_in, position
 from infra import distributed, files
 from infra.console import log, log_stage, progress_bar, time_left
 from infra.device import generator, peak_memory, step_memory, total_memory
-from infra.errors import RunError, UsageError
+from infra.errors import RunError
 from infra.image_cache import batches, index_for, on_device
 from infra.metrics import read_png
 from infra.signals import Interrupted, hold_signals
-from lars import LARS
 from loss import emp_ssl_loss
-from muon import Muon
+from optimizers import build_optimizer, learning_rate, load_momenta
 from patches import batch_params, render, sample_patches
 
 STEP_METRICS = ("invariance loss", "uniformity loss", "gradient norm")  # of each step, in this order
@@ -133,23 +132,6 @@ def build_step(hp, network, optimizer, bf16):
                         uniformity_weight=hp.uniformity_loss_weight, bags=hp.bags, **options)  # fmt: skip
     return partial(train_step, network, optimizer, views=hp.train_views, criterion=criterion, max_patches=hp.max_patches,
                    bf16=bf16)  # fmt: skip
-
-
-def build_optimizer(hp, encoder, bf16=False):
-    """Return the optimizer of a run, over the weights that are not frozen. LARS has the authors' trust coefficient, .005."""
-    params = [p for p in encoder.parameters() if p.requires_grad]
-    if hp.optimizer == "muon":
-        return Muon(params, hp.lr, bf16=bf16)
-    if hp.optimizer == "adamw":
-        return torch.optim.AdamW(params, hp.lr, weight_decay=hp.weight_decay)
-    if hp.optimizer == "sgd":
-        return torch.optim.SGD(params, hp.lr, momentum=0.9, weight_decay=hp.weight_decay, nesterov=True)
-    return LARS(params, hp.lr, momentum=0.9, weight_decay=hp.weight_decay, nesterov=True, eta=0.005, clip=True)
-
-
-def learning_rate(hp, progress):
-    """Return the learning rate of a step; progress, in [0, 1), is the fraction of all steps that are done before it."""
-    return hp.lr if hp.schedule == "constant" else hp.lr * (1 + math.cos(math.pi * progress)) / 2
 
 
 def train(hp, run, encoder, images, bf16):
@@ -265,14 +247,6 @@ def restore(hp, run, optimizer, n_steps, device):
         run.journal.add(event="changed", **state.place(state.position[0]), name=name, old=old, new=new)
     state.resumed_at = state.saved_at = state.reported_at = time.monotonic()
     return state
-
-
-def load_momenta(optimizer, momenta):
-    """Load the momenta of a checkpoint. Raises UsageError if their shapes are not those of the parameters."""
-    shapes = {i: {p.shape} for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    if {i: {value.shape for value in entry.values() if value.ndim} for i, entry in momenta.items()} not in ({}, shapes):
-        raise UsageError("the momenta of the checkpoint do not fit its weights")
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": momenta})
 
 
 def save_checkpoint(hp, run, fingerprints, encoder, optimizer, state):

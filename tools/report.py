@@ -167,7 +167,9 @@ def of_embeddings(hp, encoded, image_sets, probe):
 
 def accuracies(result):
     best = f"linear probe, best epoch ({result['best_epoch']}), chosen on the test images"
-    return [("linear probe, top-5", f"{result['top5']:.2f}%"), (best, f"{result['best_top1']:.2f}%"),
+    own = "linear probe, top-1, of the training images themselves"
+    return [("linear probe, top-5", f"{result['top5']:.2f}%"), (own, f"{result['train_top1']:.2f}%"),
+            (best, f"{result['best_top1']:.2f}%"),
             *((f"{title}, top-1", f"{result[name]:.2f}%") for name, (title, _) in METRICS.items()),
             ("images", f"{result['n_train']} train, {result['n_test']} test")]  # fmt: skip
 

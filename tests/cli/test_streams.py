@@ -55,9 +55,9 @@ def test_a_signal_during_the_imports(tmp_path, signum):
 
 
 def test_a_signal_that_is_swallowed_counts_at_the_end():
-    with pytest.raises(signals.Interrupted) as caught, signals.raise_signals():
-        with contextlib.suppress(signals.Interrupted):  # as in os.fork, where Python ignores what a handler raises
-            os.kill(os.getpid(), signal.SIGUSR1)
+    swallow = contextlib.suppress(signals.Interrupted)  # as in os.fork, where Python ignores what a handler raises
+    with pytest.raises(signals.Interrupted) as caught, signals.raise_signals(), swallow:
+        os.kill(os.getpid(), signal.SIGUSR1)
     assert caught.value.signum == signal.SIGUSR1
 
 

@@ -50,6 +50,21 @@ def test_encode_is_the_mean_over_the_patches_of_each_image(encoder, images):
     torch.testing.assert_close(by_proj, pooled["projections"].float().mean(1), rtol=2e-3, atol=1e-3)
 
 
+def test_parts_of_a_grid_stand_side_by_side(encoder, images):
+    """Each part of a 4 x 4 grid is the mean of its own views, of what the network computes before its head and after it."""
+    embeddings = encode(encoder, images, Views(16, "grid"), lambda step: None, output=Output("both", pool_grid=2))["embeddings"]
+    views = patches.sample_views(images, Views(16, "grid"), None)  # (16, B, 3, S, S), row by row
+    encoder.eval()
+    parts = []
+    for rows in ((0, 1), (2, 3)):
+        for columns in ((0, 1), (2, 3)):
+            x = torch.stack([views[4 * i + j] for i in rows for j in columns])
+            with torch.no_grad():
+                f = encoder.backbone(x.flatten(0, 1))
+                parts += [torch.cat([f, encoder.features(f)], 1).unflatten(0, x.shape[:2]).mean(0)]
+    torch.testing.assert_close(embeddings, torch.cat(parts, 1), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_encode_leaves_the_encoder_as_it_was(encoder, images, training):
     encoder.train(training)
@@ -76,6 +91,7 @@ def test_linear_probe_learns_and_reports_last_and_best():
     assert result["top1"] > 99
     assert result["top5"] == 100
     assert [result["top1"], result["top5"]] == result["per_epoch"][-1] == accuracy(layer, *blobs(101, 1))
+    assert result["train_top1"] == accuracy(layer, *blobs(300, 0))[0]
     assert result["best_top1"] == max(top1 for top1, _ in result["per_epoch"])
     assert result["per_epoch"][result["best_epoch"]][0] == result["best_top1"]
     again, other = linear_probe(*blobs(300, 0), *blobs(101, 1), n_classes=3, fit=Fit(lr=0.1, n_epochs=5, bs=32))

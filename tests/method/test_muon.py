@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from muon import Muon, orthogonalised
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 40), (40, 5)])
+def test_orthogonalised_keeps_the_singular_vectors_and_levels_the_values(shape):
+    M = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    S = torch.linspace(1, 4, len(S))
+    found = orthogonalised(U @ torch.diag(S) @ Vh)
+    core = U.T @ found @ Vh.T  # diagonal, if the vectors are the same
+    assert (core - torch.diag(core.diagonal())).abs().max() < 1e-4
+    assert 0.6 < core.diagonal().min() and core.diagonal().max() < 1.3
+    assert (U @ Vh - found).norm() < 0.35 * (U @ Vh).norm()
+    torch.testing.assert_close(orthogonalised(M, dtype=torch.bfloat16), orthogonalised(M), rtol=0.05, atol=0.02)
+    assert not orthogonalised(torch.zeros(shape)).any()
+
+
+def test_two_steps_written_out():
+    """A matrix as a convolution has it, a bias, and a matrix of zeros, which moves by lr itself."""
+    random = torch.Generator().manual_seed(0)
+    values = [torch.randn(6, 2, 3, 3, generator=random), torch.randn(6, generator=random), torch.zeros(3, 4)]
+    grads = [[torch.randn(value.shape, generator=random) for value in values] for _ in range(2)]
+    params = [torch.nn.Parameter(value.clone()) for value in values]
+    optimizer = Muon(params, lr=0.1, momentum=0.9, lr_1d=3.0)
+    momenta = [torch.zeros_like(value) for value in values]
+    for step in grads:
+        for i, (value, g) in enumerate(zip(values, step, strict=True)):
+            params[i].grad = g.clone()
+            momenta[i] = 0.9 * momenta[i] + g
+            update = g + 0.9 * momenta[i]
+            if value.ndim == 1:
+                values[i] = value - 0.3 * update
+                continue
+            U = orthogonalised(update.reshape(len(value), -1)).reshape(value.shape)
+            length = value.norm() if value.any() else 1.0
+            values[i] = value - 0.1 * length * U / U.norm()
+        optimizer.step()
+    for p, value in zip(params, values, strict=True):
+        torch.testing.assert_close(p.detach(), value)
+
+
+def test_a_quadratic_is_solved():
+    """Of a matrix whose gradient is a thousand times longer in one direction, which orthogonalising levels."""
+    target, scale = torch.eye(4), torch.tensor([1000.0, 1.0, 1.0, 1.0])
+    p = torch.nn.Parameter(torch.ones(4, 4) / 2)
+    optimizer = Muon([p], lr=0.2)
+    for i in range(300):
+        optimizer.param_groups[0]["lr"] = 0.2 * (1 - i / 300)
+        optimizer.zero_grad()
+        (scale[:, None] * (p - target).square()).sum().backward()
+        optimizer.step()
+    assert (p.detach() - target).abs().max() < 0.05
