@@ -222,8 +222,8 @@ def load_checkpoint(path):
         from_dict(content["hparams"], "hparams")
         state, buffers = content["state"], [value for entry in content["optimizer"].values() for value in entry.values()]
         tensors = [*content["encoder"].values(), *buffers, state["totals"], state["recent"]]
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            raise ValueError("a number that is not finite")
+        if not all(content["optimizer"].values()) or not all(tensor.isfinite().all() for tensor in tensors):
+            raise ValueError("no momenta, or a number that is not finite")
         if state["totals"].shape != (3,) or state["recent"].shape != (len(state["recent"]), 3):
             raise ValueError("tensors of other shapes")
         if set(content["data"]) != {"train", "test", "class_names"}:

@@ -3,8 +3,10 @@
 import collections
 import functools
 import hashlib
+import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -28,6 +30,8 @@ MANY = 1000  # files: from here on, several processes decode them and the result
 LARGE = 2 * 10**9  # bytes: above this, images stay in their file
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # Pillow would start an outside program for others, such as EPS
 CHUNK = 64  # images that a worker process decodes at a time
+# Not "forkserver", the default from Python 3.14: workers end with their parent, which would be the server.
+PROCESSES = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
 
 
 class UnreadableImage(Exception):
@@ -169,7 +173,8 @@ def decode_with_processes(file, paths, image_size):
     digests, failures = {}, {}
     # Processes, not threads: Python's lock makes two threads half as fast as one.
     bar = progress_bar(None, "decode", total=len(paths))
-    with hold_signals() as signals, bar, ProcessPoolExecutor(initializer=start_worker, initargs=(os.getpid(),)) as pool:
+    workers = ProcessPoolExecutor(mp_context=PROCESSES, initializer=start_worker, initargs=(os.getpid(),))
+    with hold_signals() as signals, bar, workers as pool:
         try:
             for stored, unreadable in pool.map(decode, chunks, [paths[rows.start : rows.stop] for rows in chunks]):
                 digests |= stored

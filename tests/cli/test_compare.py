@@ -71,10 +71,11 @@ def test_a_run_that_is_in_use_is_running(logs):
 
 
 def test_whatever_lies_in_one_folder_the_others_are_shown(logs, finished):
-    names = ("junk", "folder", "digit", "fifo", "foreign")
+    names = ("junk", "list", "folder", "digit", "fifo", "foreign")
     for name in names:
         shutil.copytree(finished, logs / name)
     (logs / "junk" / "environment.json").write_bytes(b"[[]]\xff")
+    (logs / "list" / "environment.json").write_text("[[], 1]")
     (logs / "folder" / "lock").mkdir()
     result = logs / "digit" / "linear_accuracy.json"
     result.write_text(result.read_text().replace('"top1": 100.0', '"top1": 90.0'))
@@ -82,9 +83,10 @@ def test_whatever_lies_in_one_folder_the_others_are_shown(logs, finished):
     os.mkfifo(logs / "fifo" / "hparams.yaml")
     shutil.copy(logs / "b" / "linear_accuracy.json", logs / "foreign")
     found = rows(logs)
-    assert [found[name]["top1"] for name in names] == ["", "100.0", "", "", ""]
-    for name, status in (("a", "finished"), ("junk", "unfinished"), ("folder", "finished"), ("fifo", "broken: "),
-                         ("digit", "linear_accuracy.json is missing or damaged: resume it"), ("foreign", "missing or damaged")):
+    assert [found[name]["top1"] for name in names] == ["", "", "100.0", "", "", ""]
+    for name, status in (("a", "finished"), ("junk", "unfinished"), ("list", "unfinished"), ("folder", "finished"),
+                         ("fifo", "broken: "), ("digit", "linear_accuracy.json is missing or damaged: resume it"),
+                         ("foreign", "missing or damaged")):  # fmt: skip
         assert status in found[name]["status"]
     assert run("resume", "--exp_dir", logs / "digit").code == 0
     assert rows(logs)["digit"]["top1"] == "100.0"

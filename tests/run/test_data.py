@@ -7,6 +7,8 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import urllib.request
 from urllib.error import URLError
@@ -14,7 +16,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from helpers import pictures, run
+from helpers import ROOT, pictures, run
 from PIL import Image
 from torchvision import datasets
 
@@ -252,6 +254,20 @@ def test_many_images_are_decoded_once(tmp_path, monkeypatch, capsys, cache):
     assert "not kept" in capsys.readouterr().err
 
 
+def test_images_are_decoded_where_a_server_starts_the_processes_of_python(tmp_path):
+    """The default from Python 3.14 on: the workers' parent would be the server, with which they would end at once."""
+    write_many(tmp_path / "train", 10)
+    code = """import multiprocessing, sys, data
+from infra import image_cache
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")
+    image_cache.MANY = 4
+    print(data.load_images("folder", sys.argv[1], True).images[:, 0, 0, 0].tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{list(range(10))}\n"), done.stderr
+
+
 def test_another_process_than_the_main_one_decodes_into_memory(tmp_path, monkeypatch, cache):
     """Unless it finds the cache: several processes would write the same file."""
     monkeypatch.setattr(image_cache, "MANY", 4)
@@ -357,9 +373,10 @@ def labelled(tmp_path, text, encoding="utf-8"):
     ("path,label\na.png,x\nb.png,y\n", "utf-8-sig"),
     ("a.png,x\nb.png,y\na.png,x\n", "utf-8"),
 ])  # fmt: skip
-def test_labels_with_a_byte_order_mark_a_header_or_the_same_line_twice(tmp_path, text, encoding):
+def test_labels_with_a_byte_order_mark_a_header_or_the_same_line_twice(tmp_path, text, encoding, capsys):
     _, labels, class_names = labelled(tmp_path, text, encoding)
     assert (labels.tolist(), class_names) == ([0, 1], ["x", "y"])
+    assert capsys.readouterr().err == ""
 
 
 def test_labels_that_contradict_each_other_or_are_of_no_image(tmp_path, capsys):

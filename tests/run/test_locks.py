@@ -1,9 +1,11 @@
 """Locks, the cache of decoded images, and processes that are left alone."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -45,6 +47,11 @@ DECODE = """
 import sys
 from pathlib import Path
 from infra import files, image_cache
+decode = image_cache.decode_with_processes
+def announce(*arguments):
+    print("decodes")
+    return decode(*arguments)
+image_cache.decode_with_processes = announce
 paths = sorted(Path(sys.argv[1]).iterdir())
 print("ready", flush=True)
 sys.stdin.readline()
@@ -110,6 +117,34 @@ def test_a_look_at_the_lock_does_not_hold_it(tmp_path):
     assert (refusals, err) == ("0\n", "")
 
 
+def test_a_look_at_the_moment_of_the_taking_does_not_refuse_it(tmp_path, monkeypatch):
+    path, flock, refused, tried = tmp_path / "lock", lock.flock, [], threading.Event()
+    path.touch()
+
+    def take():
+        try:
+            with lock.locked(path):
+                pass
+        except RunError as error:
+            refused.append(error)
+        tried.set()
+
+    def flock_while_another_tries(file, operation):
+        free = flock(file, operation)
+        if file.mode == "r":  # the look has its lock, and keeps it until the taker has tried
+            taker.start()
+            assert tried.wait(60)
+        elif operation == fcntl.LOCK_SH | fcntl.LOCK_NB:
+            tried.set()
+        return free
+
+    taker = threading.Thread(target=take)
+    monkeypatch.setattr(lock, "flock", flock_while_another_tries)
+    assert not lock.is_locked(path)
+    taker.join()
+    assert refused == [] and not path.exists()
+
+
 @pytest.mark.parametrize("make", [lambda path, other: path.symlink_to(other), lambda path, other: path.mkdir(),
                                   lambda path, other: os.mkfifo(path)])  # fmt: skip
 def test_something_else_in_the_place_of_the_lock_is_refused(copy, tmp_path, make):
@@ -153,8 +188,9 @@ def test_two_processes_that_decode_the_same_folder_get_the_right_images(tmp_path
         process.stdin.flush()
     outputs = [process.communicate() for process in both]
     assert [out.splitlines()[-1] for out, _ in outputs] == [truth, truth], outputs
+    assert sum(out.count("decodes") for out, _ in outputs) == 1  # the other one waits and takes what was written
     third = start(DECODE, tmp_path / "images", XDG_CACHE_HOME=str(tmp_path / "cache")).communicate("\n")
-    assert third[0].splitlines()[-1] == truth
+    assert third[0].splitlines() == ["ready", truth]
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
@@ -189,6 +225,26 @@ def test_workers_end_with_a_process_that_is_killed_and_the_lock_is_free(tiny, tm
     assert not lock.is_locked(tmp_path / "logs" / RUN / "lock")
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_workers_that_outlive_their_killed_parent_hold_no_lock(tiny, tmp_path):
+    """They are stopped, so that they can't notice its end."""
+    process = start(SLOW_DECODE, *tiny, "--log_folder", tmp_path / "logs", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    next(line for line in process.stdout if line == "decoding\n")
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    wait_for(lambda: all(len(os.listdir(f"/proc/{pid}/task")) > 1 for pid in children))  # the thread that watches is the last
+    for pid in children:
+        os.kill(pid, signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    locks = [tmp_path / "logs" / RUN / "lock", *(tmp_path / "cache").rglob("*.lock")]
+    held = [path for path in locks if lock.is_locked(path)]
+    alive = [pid for pid in children if is_running(pid)]
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    assert children and alive == children and len(locks) == 2
+    assert held == []
+
+
 def test_a_killed_worker_ends_the_run_with_one_line(tiny, tmp_path):
     process = start(SLOW_DECODE, *tiny, "--log_folder", tmp_path / "logs", XDG_CACHE_HOME=str(tmp_path / "cache"), KILL="1")
     _, err = process.communicate(timeout=120)
@@ -197,14 +253,21 @@ def test_a_killed_worker_ends_the_run_with_one_line(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_processes_end_with_a_torchrun_that_is_killed(tiny, tmp_path):
+    """They print into a file: a pipe that nobody reads any more would end them too."""
     command = [sys.executable, *LAUNCH, "2", ROOT / "main.py", *tiny, "--n_epochs", "9999", "--print_freq", "1"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "env": ONE_THREAD}
-    process = subprocess.Popen([*command, "--log_folder", tmp_path], **pipes)
-    next(line for line in process.stdout if line.startswith("epoch 0 step 2/"))
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(signal.SIGKILL)
-    process.stdout.close()
-    process.wait()
+    with open(tmp_path / "out", "w") as out:
+        command = [*command, "--log_folder", tmp_path / "logs"]
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    try:
+        wait_for(lambda: "epoch 0 step 2/" in (tmp_path / "out").read_text() or process.poll() is not None)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    finally:
+        process.kill()
+        process.wait()
+    try:
+        wait_for(lambda: not any(map(is_running, ranks)))
+    finally:
+        for pid in filter(is_running, ranks):
+            os.kill(int(pid), signal.SIGKILL)
     assert len(ranks) == 2
-    wait_for(lambda: not any(map(is_running, ranks)), 100)
-    assert not lock.is_locked(tmp_path / RUN / "lock")
+    assert not lock.is_locked(tmp_path / "logs" / RUN / "lock")
