@@ -92,7 +92,7 @@ def run(options):
             "seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu, "commit": commit()}  # fmt: skip
 
 
-def main():
+def main(argv=None):
     made = parser(__doc__)
     made.add_argument("--dataset", default="folder")
     made.add_argument("--data_dir", required=True)
@@ -100,7 +100,7 @@ def main():
     made.add_argument("--n_centroids", type=int, default=400)
     made.add_argument("--n_eval_epochs", type=int, default=50)
     made.add_argument("--seed", type=int, default=42)
-    options = made.parse_args()
+    options = made.parse_args(argv)
     configure(torch.device("cpu"))
     path, here = options.out / "kmeans.json", machine("cpu")
     row = {**run(options), "machine": here}

@@ -16,7 +16,7 @@ from benchmarks import study, tables
 @pytest.fixture
 def options(images, tmp_path, monkeypatch):
     tiny = "--image_size 16 --arch resnet18-tiny --h_dim 8 --z_dim 4 --n_patches 2 --bs 4 --n_epochs 1 --n_eval_epochs 3"
-    monkeypatch.setitem(study.GROUPS, "findings-small", study.Group(tiny, "reproduction", "small"))
+    monkeypatch.setitem(study.GROUPS, "findings-cpu", study.Group(tiny, "reproduction", "cpu"))
     data = {"dataset": "folder", "data_dir": str(images)}
     return SimpleNamespace(seeds=2, out=tmp_path / "out", log_folder=str(tmp_path / "logs"), **data)
 
@@ -40,15 +40,15 @@ def test_each_row_is_a_command_that_the_program_takes(group):
 
 
 def test_rows_are_run_once_and_a_failed_one_is_told(options, monkeypatch):
-    base = study.Row("base", "the base", "89.25 (document)", "", 2, "findings-small")
-    untrained = study.Row("untrained", "untrained", "", "--n_epochs 0", 2, "findings-small")
-    rows = [base, untrained, study.Row("broken", "diverges", "", "--optimizer sgd --lr 1e6", 2, "findings-small")]
+    base = study.Row("base", "the base", "89.25 (document)", "", 2, "findings-cpu")
+    untrained = study.Row("untrained", "untrained", "", "--n_epochs 0", 2, "findings-cpu")
+    rows = [base, untrained, study.Row("broken", "diverges", "", "--optimizer sgd --lr 1e6", 2, "findings-cpu")]
     options.out.mkdir()
     for row in rows:
         study.run(row, options)
     path = options.out / "reproduction.json"
     text = path.read_text()
-    results = json.loads(text)["small"]
+    results = json.loads(text)["cpu"]
     for name in ("base", "untrained"):
         folders = [next(Path(options.log_folder).glob(f"{name}-{seed}__*")) for seed in (42, 43)]
         accuracies = [json.loads((folder / "linear_accuracy.json").read_text()) for folder in folders]
@@ -63,7 +63,7 @@ def test_rows_are_run_once_and_a_failed_one_is_told(options, monkeypatch):
     assert path.read_text() == text
 
     monkeypatch.setattr(study, "ROWS", [*rows, base._replace(name="later", title="not run")])
-    table = tables.findings("findings-small", options.out)
+    table = tables.findings("findings-cpu", options.out)
     top1 = [entry["top1"] for entry in results["base"]["runs"]]
     assert f"| the base |  | 89.25 (document) | {sum(top1) / 2:.1f}% ({min(top1):.1f} to {max(top1):.1f})" in table
     assert re.search(r"^\| diverges \| `--optimizer sgd --lr 1e6` \|  \| epoch 0 step \d+: .* \|  \|  \|$", table, re.M)
@@ -85,7 +85,7 @@ def test_the_mean_of_an_epoch_is_over_its_steps(finished):
 def test_a_stopped_study_leaves_with_the_code(options, monkeypatch):
     monkeypatch.setattr(main, "main", lambda argv: 143)
     with pytest.raises(SystemExit, match="143"):
-        study.run(study.Row("base", "the base", "", "", 1, "findings-small"), options)
+        study.run(study.Row("base", "the base", "", "", 1, "findings-cpu"), options)
     assert not options.out.exists()
 
 
