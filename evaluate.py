@@ -17,11 +17,11 @@ from infra.console import log, log_stage, progress
 from infra.device import generator, to_device, without_tuning
 from infra.errors import RunError
 from infra.image_cache import batches, on_device, subset
-from model import fold_batch_norm
+from model import fold_batch_norm, stage_dim, stage_means
 from patches import sample_views
 
-# emb_pool: the tensors of a view that are its representation. backbone: before the head; features: h; projections: z.
-POOLED = {"features": ("features",), "proj": ("projections",), "backbone": ("backbone",), "both": ("backbone", "features")}
+# emb_pool: the tensor of a view that is its representation. features: h; projections: z.
+POOLED = {"features": "features", "proj": "projections", "backbone": "backbone", "stages": "stages"}
 
 
 class Output(NamedTuple):
@@ -50,29 +50,41 @@ def encode(encoder, images, views, rng, bs=100, output=Output(), progress=iter):
     device, dtype = next(encoder.parameters()).device, torch.bfloat16 if output.bf16 else torch.float32
     encoder = fold_batch_norm(encoder).to(dtype, memory_format=torch.channels_last)
     N, wanted, dims, saved = len(images), POOLED[output.emb_pool], dims_of(encoder), {}
-    embeddings = torch.zeros(N, output.pool_grid**2 * sum(dims[name] for name in wanted), device=device)
+    embeddings = torch.zeros(N, output.pool_grid**2 * dims[wanted], device=device)
     if output.save_proj:
         saved = {name: torch.zeros(N, views.count, dims[name], dtype=torch.float16) for name in ("features", "projections")}
     steps = distributed.shard(range(math.ceil(N / bs)))
     slices = [slice(step * bs, (step + 1) * bs) for step in steps]
     for step, rows, batch in zip(progress(steps), slices, batches(images, slices, device), strict=False):
         x = sample_views(batch, views, rng(step=step))  # (V, B, 3, S, S)
-        found = {"backbone": encoder.backbone(x.flatten(0, 1).to(dtype, memory_format=torch.channels_last))}  # (V B, dim)
-        found["features"] = encoder.features(found["backbone"])
-        if output.save_proj or "projections" in wanted:  # the projection is a third of the work of resnet18-imagenet
-            found["projections"] = F.normalize(encoder.projection(found["features"]).float(), dim=-1)
+        found = represent(encoder, x.flatten(0, 1).to(dtype, memory_format=torch.channels_last), {wanted, *saved})
         pooled = {name: tensor.float().unflatten(0, x.shape[:2]) for name, tensor in found.items()}  # (V, B, dim)
-        embeddings[rows] = mean_of_views(torch.cat([pooled[name] for name in wanted], 2), output.pool_grid)
+        embeddings[rows] = mean_of_views(pooled[wanted], output.pool_grid)
         for name, tensor in saved.items():
             tensor[rows] = pooled[name].transpose(0, 1).half()  # (B, V, dim)
     saved["embeddings"] = embeddings.cpu()
     return {"n_views": views.count, **{name: distributed.all_reduce_sum(tensor) for name, tensor in saved.items()}}
 
 
+def represent(encoder, x, wanted):
+    """Return {name: (n, dim)} of patches x (n, 3, S, S): of the names in POOLED, those that are wanted, and what they need."""
+    if "stages" in wanted:
+        stages = stage_means(encoder.backbone, x)
+        found = {"stages": stages, "backbone": stages[:, -encoder.features[0].in_features :]}
+    else:
+        found = {"backbone": encoder.backbone(x)}
+    if wanted & {"features", "projections"}:
+        found["features"] = encoder.features(found["backbone"])
+    if "projections" in wanted:  # a third of the work of resnet18-imagenet
+        found["projections"] = F.normalize(encoder.projection(found["features"]).float(), dim=-1)
+    return found
+
+
 def dims_of(encoder):
     """Return {name: dimensions} of what the encoder computes of a view."""
     layer, last = encoder.features[0], encoder.projection[-1]
-    return {"backbone": layer.in_features, "features": layer.out_features, "projections": last.out_features}
+    return {"backbone": layer.in_features, "features": layer.out_features, "projections": last.out_features,
+            "stages": stage_dim(encoder.backbone)}  # fmt: skip
 
 
 def mean_of_views(x, pool_grid):
@@ -167,6 +179,7 @@ class Fit(NamedTuple):
     weight_decay: float = 5e-5
     seed: int = 0
     bf16: bool = False  # the two matrix products of a step in bfloat16; weights and scores stay in float32
+    standardize: bool = False  # shift and scale each dimension by its mean and deviation over the training rows
 
 
 def linear_probe(x, y, x_test, y_test, n_classes, fit=Fit(), progress=iter):  # noqa: B008, a tuple does not change
@@ -178,6 +191,9 @@ def linear_probe(x, y, x_test, y_test, n_classes, fit=Fit(), progress=iter):  # 
     best_epoch (from 0), chosen on the test set and therefore no fair estimate; per_epoch, a list of [top1, top5]; lr; and
     held_out, {lr: top-1 on the tenth}, empty if there was no choice.
     """
+    if fit.standardize:
+        mean, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-6).reciprocal()
+        x, x_test = (x - mean) * scale, (x_test - mean) * scale
     lr, held_out = fit.lr, {}
     if lr is None and len(x) < 10:
         lr = AUTHORS_LR
@@ -189,6 +205,9 @@ def linear_probe(x, y, x_test, y_test, n_classes, fit=Fit(), progress=iter):  # 
     best_epoch = max(range(fit.n_epochs), key=lambda epoch: per_epoch[epoch][0])
     top1, top5 = per_epoch[-1]
     best = {"train_top1": accuracy(layer, x, y)[0], "best_top1": per_epoch[best_epoch][0], "best_epoch": best_epoch}
+    if fit.standardize:  # the layer takes x as it was given
+        weight = layer.weight * scale
+        layer = linear(weight, layer.bias - weight @ mean)
     return {"top1": top1, "top5": top5, **best, "per_epoch": per_epoch, "lr": lr, "held_out": held_out}, layer
 
 
@@ -271,7 +290,7 @@ def fit_probe(hp, run, encoded, class_names, device, bf16):
     run.journal.begin("probe")
     start = time.monotonic()
     tensors = [encoded[split][name].to(device) for split in ("train", "test") for name in ("embeddings", "labels")]
-    fit = Fit(hp.eval_lr, hp.n_eval_epochs, seed=hp.seed, bf16=bf16)
+    fit = Fit(hp.eval_lr, hp.n_eval_epochs, seed=hp.seed, bf16=bf16, standardize=hp.standardize)
     bar = functools.partial(progress, desc="linear probe", every=hp.print_freq, unit="epochs")
     result, layer = linear_probe(*tensors, len(class_names), fit, bar)
     if not layer.weight.isfinite().all():

@@ -16,7 +16,7 @@ from infra.errors import UsageError
 from infra.files import open_regular
 from loss import UNIFORMITY
 from model import ACTIVATIONS, BACKBONES
-from patches import VIEW_KINDS, Views
+from patches import VIEW_KINDS, Augment, Views
 
 # The earliest stage that a setting influences. Those of data and model never change within a run folder, because the weights
 # depend on them. Those of the encoder may change while training is under way, the later ones at any time.
@@ -55,6 +55,10 @@ class Hparams:
     bags: int = setting(1, "encoder", "bags that an image's patches are split into; its bags are each other's negatives", low=1)
     input_size: int | None = setting(None, "encoder", "pixels of a patch in the network (default: as wide as the image)",
                                      low=8, high=4096)  # fmt: skip
+    jitter: float = setting(1.0, "encoder", "strength of the colour jitter of a patch, as a factor", low=0, high=2.5)
+    grey: float = setting(0.2, "encoder", "probability that a patch becomes grey", low=0, high=1)
+    blur: float = setting(0.1, "encoder", "probability that a patch is blurred", low=0, high=1)
+    solarise: float = setting(0.1, "encoder", "probability that a patch is solarised", low=0, high=1)
     n_epochs: float = setting(2.0, "encoder", "passes over the data, may be fractional; 0: no training", low=0, high=100_000)
     bs: int = setting(100, "encoder", "batch size in images", low=1, high=1_000_000)
     max_patches: int | None = setting(None, "encoder", "most patches in one forward pass, to save memory: each passes twice, "
@@ -71,13 +75,14 @@ class Hparams:
     test_patches: int | None = setting(None, "encode", "patches per image when encoding (default: n_patches)", low=1, high=10_000)
     eval_views: str = setting("grid", "encode", "views that encode an image: augmented as in training, random crops, or "
                               "a grid of crops", choices=VIEW_KINDS)  # fmt: skip
-    emb_pool: str = setting("features", "encode", "which tensors of a view to pool as the representation; backbone: before the "
-                            "head; both: backbone and features", choices=("features", "proj", "backbone", "both"))  # fmt: skip
+    emb_pool: str = setting("features", "encode", "what of a view to average as the representation; backbone: before the head; "
+                            "stages: means of all stages", choices=("features", "proj", "backbone", "stages"))  # fmt: skip
     pool_grid: int = setting(1, "encode", "average the views of a grid in so many parts along each axis, side by side", low=1)
     save_proj: bool = setting(False, "encode", "save each patch's embedding and projection too, as float16")
     n_eval_epochs: int = setting(100, "probe", "epochs of the linear probe", low=1, high=100_000)
     eval_lr: float | None = setting(None, "probe", "learning rate of the probe (default: the best of six on a held-out tenth)",
                                     low=0, above=True)  # fmt: skip
+    standardize: bool = setting(False, "probe", "give each dimension of the embeddings the same mean and deviation for the probe")
     data_dir: str = setting("./datasets", "none", "where the images are, or are downloaded to")
     labels: str | None = setting(None, "none", "folder only: CSV file with lines path,label, instead of class folders")
     device: str = setting("auto", "none", "auto (cuda, mps or cpu), cpu, mps, cuda or cuda:N")
@@ -107,12 +112,16 @@ class Hparams:
             raise UsageError(f"image_size must be even, a patch being half as wide, not {self.image_size}")
 
     @property
+    def augment(self):
+        return Augment(self.jitter, self.grey, self.blur, self.solarise)
+
+    @property
     def train_views(self):
-        return Views(self.n_patches, "augmented", self.input_size)
+        return Views(self.n_patches, "augmented", self.input_size, self.augment)
 
     @property
     def test_views(self):
-        return Views(self.test_patches or self.n_patches, self.eval_views, self.input_size)
+        return Views(self.test_patches or self.n_patches, self.eval_views, self.input_size, self.augment)
 
     def key(self, stage, weights):
         """Return the cache key of a stage: the checksum of the weights and all settings up to that stage, as a dict."""

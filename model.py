@@ -51,6 +51,30 @@ def build_backbone(arch):
     return build(), feature_dim
 
 
+def stages_of(backbone):
+    """Return the stages of a resnet, in their order, as {name: module}."""
+    children = dict(backbone.named_children())
+    return {name: layer for name, layer in children.items() if name.startswith("layer") and not isinstance(layer, nn.Identity)}
+
+
+def stage_dim(backbone):
+    """Return the number of dimensions of stage_means."""
+    return sum(list(stage.children())[-1].conv2.out_channels for stage in stages_of(backbone).values())
+
+
+def stage_means(backbone, x):
+    """Return the mean over the pixels of what each stage of a resnet computes, side by side: (N, the sum of their channels).
+
+    The last of them is the output of the backbone.
+    """
+    x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(x))))
+    means = []
+    for stage in stages_of(backbone).values():
+        x = stage(x)
+        means.append(x.mean((2, 3)))
+    return torch.cat(means, 1)
+
+
 class Conv3x3(nn.Conv2d):
     """The 3x3 convolution `conv`, sharing its weight. On 2x2 pixels or fewer it is computed as one matrix product.
 

@@ -15,16 +15,30 @@ from infra.device import to_device, to_device_packed
 VIEW_KINDS = ("augmented", "crops", "grid")
 
 
+class Augment(NamedTuple):
+    """How strongly patches are augmented; the defaults are the authors'.
+
+    jitter: factor of the ranges of brightness, contrast, saturation and hue. grey, blur, solarise: probabilities.
+    """
+
+    jitter: float = 1.0
+    grey: float = 0.2
+    blur: float = 0.1
+    solarise: float = 0.1
+
+
 class Views(NamedTuple):
     """How views are cut from an image: n of them, each half as wide as the image and resized to `size` pixels.
 
     kind: augmented, patches as in training; crops, at random places and not augmented; grid, k x k crops at even distances
-    from corner to corner, where k is the root of n, rounded down: nothing is random. size: None for the image's width.
+    from corner to corner, where k is the root of n, rounded down: nothing is random. size: None for the image's width. augment:
+    of augmented views.
     """
 
     n: int
     kind: str = "augmented"
     size: int | None = None
+    augment: Augment = Augment()
 
     @property
     def count(self):
@@ -32,26 +46,27 @@ class Views(NamedTuple):
         return math.isqrt(self.n) ** 2 if self.kind == "grid" else self.n
 
 
-def sample_patches(images, n_patches, generator, size=32, first=0, batch=None):
+def sample_patches(images, n_patches, generator, size=32, first=0, batch=None, augment=Augment()):  # noqa: B008, does not change
     """Return random augmented patches: n_patches of each image, each a quarter of its area.
 
     images: uint8 (B, 3, H, W) on any device, H and W even. generator: a CPU torch.Generator, so the same patches are drawn on
     every device. first, batch: the images are rows first to first + B of a larger batch, and get the patches that they would
-    get there. Returns float32 (n_patches, B, 3, size, size) in [-1, 1] on the device of the images; the host never waits for it.
+    get there. augment: an Augment. Returns float32 (n_patches, B, 3, size, size) in [-1, 1] on the device of the images; the
+    host never waits for it.
     Source: arXiv 2304.03977, appendix, and the authors' code.
     """
-    params = batch_params(images.shape, n_patches, generator, first, batch)
+    params = batch_params(images.shape, n_patches, generator, first, batch, augment)
     return render(images, params, size).unflatten(0, (n_patches, -1))  # (P B, 3, size, size) -> (P, B, 3, size, size)
 
 
-def batch_params(shape, n_patches, generator, first=0, batch=None):
+def batch_params(shape, n_patches, generator, first=0, batch=None, augment=Augment()):  # noqa: B008, does not change
     """Draw the parameters of n_patches patches of each image of a shape (B, 3, H, W): a dict of CPU tensors (P B, ...).
 
     The arguments are those of sample_patches.
     """
     B, _, H, W = shape
     batch = batch or B
-    params = sample_params(n_patches * batch, H, W, generator)
+    params = sample_params(n_patches * batch, H, W, generator, augment)
     if batch > B:
         params = {k: v.unflatten(0, (n_patches, batch))[:, first : first + B].flatten(0, 1) for k, v in params.items()}
     return {**params, "image": torch.arange(B).repeat(n_patches)}
@@ -83,7 +98,7 @@ def sample_views(images, views, generator):
     B, _, H, W = images.shape
     size = views.size or W
     if views.kind == "augmented":
-        return sample_patches(images, views.n, generator, size)
+        return sample_patches(images, views.n, generator, size, augment=views.augment)
     if views.kind == "crops":
         top, left = (torch.randint(n - n // 2 + 1, (views.n * B,), generator=generator) for n in (H, W))
     else:
@@ -96,7 +111,7 @@ def sample_views(images, views, generator):
     return to_signed(cut(images, plan, size)).unflatten(0, (-1, B))  # (V B, 3, S, S) -> (V, B, 3, S, S)
 
 
-def sample_params(n, H, W, generator):
+def sample_params(n, H, W, generator, augment=Augment()):  # noqa: B008, does not change
     """Draw the augmentation parameters of n patches of images (H, W). Returns a dict of CPU tensors (n, ...).
 
     top, left: int64, the corner of the crop in pixels. flip, jitter, grey, blur, solarise: bool. order: int64 (n, 4), a
@@ -108,6 +123,9 @@ def sample_params(n, H, W, generator):
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, generator=generator)
 
+    def factor(deviation):
+        return uniform(max(0.0, 1 - deviation * augment.jitter), 1 + deviation * augment.jitter)
+
     def chance(p):
         return torch.rand(n, generator=generator) < p
 
@@ -117,14 +135,14 @@ def sample_params(n, H, W, generator):
         "flip": chance(0.5),
         "jitter": chance(0.8),
         "order": torch.rand(n, 4, generator=generator).argsort(1),
-        "brightness": uniform(0.6, 1.4),
-        "contrast": uniform(0.6, 1.4),
-        "saturation": uniform(0.6, 1.4),
-        "hue": uniform(-0.2, 0.2),
-        "grey": chance(0.2),
-        "blur": chance(0.1),
+        "brightness": factor(0.4),
+        "contrast": factor(0.4),
+        "saturation": factor(0.4),
+        "hue": uniform(-0.2 * augment.jitter, 0.2 * augment.jitter),
+        "grey": chance(augment.grey),
+        "blur": chance(augment.blur),
         "sigma": uniform(0.1, 2.0),
-        "solarise": chance(0.1),
+        "solarise": chance(augment.solarise),
     }
 
 

@@ -80,7 +80,7 @@ def train_step(network, optimizer, images, generator, views, criterion, max_patc
     criterion: z (P, B, d) -> (total, invariance, uniformity). max_patches: patches in the network at once, None for all.
     bf16: run the network under bfloat16 autocast.
     """
-    params = batch_params(images.shape, views.n, generator, *distributed.shard_offset(len(images)))
+    params = batch_params(images.shape, views.n, generator, *distributed.shard_offset(len(images)), augment=views.augment)
     sample = partial(render, images, size=views.size or images.shape[-1])  # rows of params -> (n, 3, S, S)
     z, backward = project(network, sample, params, max_patches, bf16)  # (P B, d)
     z = z.unflatten(0, (views.n, -1))  # (P B, d) -> (P, B, d)
@@ -290,7 +290,7 @@ def draw_patches(hp, images, path):
     if read_png(path):
         return
     size, n = hp.input_size or images.shape[-1], min(hp.n_patches, 20)
-    x = sample_patches(images, n, generator(hp.seed, "picture"), size)  # (P, n, 3, size, size)
+    x = sample_patches(images, n, generator(hp.seed, "picture"), size, augment=hp.augment)  # (P, n, 3, size, size)
     whole = F.interpolate(images.cpu().float() / 255, size=(size, size), mode="bilinear", antialias=True)  # missing on mps
     rows = torch.cat([whole[None], (x.cpu() + 1) / 2]).transpose(0, 1).flatten(0, 1)  # (n (1 + P), 3, size, size)
     grid = torchvision.utils.make_grid(rows, nrow=n + 1, pad_value=1.0)

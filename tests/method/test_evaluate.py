@@ -51,8 +51,8 @@ def test_encode_is_the_mean_over_the_patches_of_each_image(encoder, images):
 
 
 def test_parts_of_a_grid_stand_side_by_side(encoder, images):
-    """Each part of a 4 x 4 grid is the mean of its own views, of what the network computes before its head and after it."""
-    embeddings = encode(encoder, images, Views(16, "grid"), lambda step: None, output=Output("both", pool_grid=2))["embeddings"]
+    """Each part of a 4 x 4 grid is the mean of its own views, here of the means of both stages."""
+    embeddings = encode(encoder, images, Views(16, "grid"), lambda step: None, output=Output("stages", pool_grid=2))["embeddings"]
     views = patches.sample_views(images, Views(16, "grid"), None)  # (16, B, 3, S, S), row by row
     encoder.eval()
     parts = []
@@ -60,8 +60,11 @@ def test_parts_of_a_grid_stand_side_by_side(encoder, images):
         for columns in ((0, 1), (2, 3)):
             x = torch.stack([views[4 * i + j] for i in rows for j in columns])
             with torch.no_grad():
-                f = encoder.backbone(x.flatten(0, 1))
-                parts += [torch.cat([f, encoder.features(f)], 1).unflatten(0, x.shape[:2]).mean(0)]
+                seen = []
+                hook = encoder.backbone.layer1.register_forward_hook(lambda *args, seen=seen: seen.append(args[2].mean((2, 3))))
+                last = encoder.backbone(x.flatten(0, 1))
+                hook.remove()
+                parts += [torch.cat([seen[0], last], 1).unflatten(0, x.shape[:2]).mean(0)]
     torch.testing.assert_close(embeddings, torch.cat(parts, 1), rtol=1e-4, atol=1e-5)
 
 
@@ -97,6 +100,21 @@ def test_linear_probe_learns_and_reports_last_and_best():
     again, other = linear_probe(*blobs(300, 0), *blobs(101, 1), n_classes=3, fit=Fit(lr=0.1, n_epochs=5, bs=32))
     assert again == result
     assert torch.equal(layer.weight, other.weight)
+
+
+def test_standardized_dimensions_are_scaled_for_the_fit_and_the_layer_takes_them_unscaled():
+    """A dimension that is a thousand times as large as the others, and shifted, changes nothing."""
+    (x, y), (x_test, y_test) = blobs(300, 0), blobs(101, 1)
+    fit = Fit(lr=0.1, n_epochs=5, bs=32, standardize=True)
+    expected, _ = linear_probe((x - x.mean(0)) / x.std(0, correction=0), y, (x_test - x.mean(0)) / x.std(0, correction=0), y_test, 3,
+                               fit._replace(standardize=False))  # fmt: skip
+    scale, shift = torch.ones(x.shape[1]), torch.zeros(x.shape[1])
+    scale[0], shift[0] = 1000, 5000
+    found, layer = linear_probe(x * scale + shift, y, x_test * scale + shift, y_test, 3, fit)
+    assert found["per_epoch"] == expected["per_epoch"]
+    assert accuracy(layer, x_test * scale + shift, y_test) == found["per_epoch"][-1]
+    constant, _ = linear_probe(F.pad(x, (0, 1), value=3), y, F.pad(x_test, (0, 1), value=3), y_test, 3, fit)
+    assert constant["per_epoch"] == expected["per_epoch"]
 
 
 def test_linear_probe_equals_steps_written_out():

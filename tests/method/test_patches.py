@@ -1,5 +1,7 @@
 """The patches against torchvision and Pillow, and the views."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -97,7 +99,7 @@ def test_patches_equal_a_plain_loop_over_pil_images(monkeypatch):
     params = patches.sample_params(n * len(images), 32, 32, generator(0, "t"))
     for rare, every in [("grey", 3), ("blur", 4), ("solarise", 2)]:  # so that all of them meet
         params[rare] |= torch.arange(n * len(images)) % every == 0
-    monkeypatch.setattr(patches, "sample_params", lambda n, H, W, generator: params)
+    monkeypatch.setattr(patches, "sample_params", lambda *args: params)
     sampled = (patches.sample_patches(images, n, None) + 1) * 127.5
     assert sampled.shape == (n, len(images), 3, 32, 32)
     errors = []
@@ -116,6 +118,23 @@ def test_patches_equal_a_plain_loop_over_pil_images(monkeypatch):
     errors = torch.stack(errors)
     assert errors.median() <= 1
     assert errors.mean((1, 2, 3)).max() <= 4  # of the worst patch; single pixels are inverted by a rounding before solarise
+
+
+def test_strengths_of_the_augmentation():
+    images, draw = pictures(8), partial(patches.sample_patches, n_patches=20, size=16)
+    crops = draw(pictures(8), generator=generator(0, "t"), augment=patches.Augment(0, 0, 0, 0)).flatten(0, 1)
+    params = patches.sample_params(160, 32, 32, generator(0, "t"))
+    for i, patch in enumerate(crops):
+        top, left = params["top"][i], params["left"][i]
+        expected = images[i % 8, :, top : top + 16, left : left + 16] / 127.5 - 1
+        torch.testing.assert_close(patch, expected.flip(-1) if params["flip"][i] else expected, atol=1e-4, rtol=0)
+    grey = draw(images, generator=generator(0, "t"), augment=patches.Augment(grey=1, blur=0, solarise=0))
+    torch.testing.assert_close(grey, grey[:, :, :1].expand_as(grey))
+    for strength, low, high, hue in ((0.5, 0.8, 1.2, 0.1), (2.5, 0, 2, 0.5)):
+        params = patches.sample_params(9000, 32, 32, generator(0, "t"), patches.Augment(jitter=strength))
+        for name in ("brightness", "contrast", "saturation"):
+            assert low <= params[name].min() < low + 0.01 and high - 0.01 < params[name].max() <= high
+        assert 0.99 * hue < params["hue"].max() <= hue
 
 
 def chi2(values, n_cells):
