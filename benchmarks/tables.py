@@ -8,8 +8,8 @@ import json
 import statistics
 
 from benchmarks.common import RESULTS
+from benchmarks.rows import GROUPS, all_options, rows_of
 from benchmarks.speed import CHOICES
-from benchmarks.study import GROUPS, all_options, rows_of
 from hparams import PRESETS, SETTINGS, STAGES, yaml_value
 from infra import files
 

@@ -106,8 +106,8 @@ def test_standardized_dimensions_are_scaled_for_the_fit_and_the_layer_takes_them
     """A dimension that is a thousand times as large as the others, and shifted, changes nothing."""
     (x, y), (x_test, y_test) = blobs(300, 0), blobs(101, 1)
     fit = Fit(lr=0.1, n_epochs=5, bs=32, standardize=True)
-    expected, _ = linear_probe((x - x.mean(0)) / x.std(0, correction=0), y, (x_test - x.mean(0)) / x.std(0, correction=0), y_test, 3,
-                               fit._replace(standardize=False))  # fmt: skip
+    mean, std = x.mean(0), x.std(0, correction=0)
+    expected, _ = linear_probe((x - mean) / std, y, (x_test - mean) / std, y_test, 3, fit._replace(standardize=False))
     scale, shift = torch.ones(x.shape[1]), torch.zeros(x.shape[1])
     scale[0], shift[0] = 1000, 5000
     found, layer = linear_probe(x * scale + shift, y, x_test * scale + shift, y_test, 3, fit)
