@@ -196,6 +196,11 @@ SETTINGS = {field.name: declared(field) for field in fields(Hparams)}
 
 # Named sets of settings, for train --preset NAME.
 PRESETS = {
+    "laptop": {
+        "arch": "resnet18-tiny", "input_size": 16, "h_dim": 1024, "z_dim": 256, "n_patches": 8, "bs": 50, "n_epochs": 1.0,
+        "optimizer": "muon", "lr": 0.05, "test_patches": 16, "emb_pool": "stages", "pool_grid": 4, "standardize": True,
+        "n_eval_epochs": 30,
+    },
     "one-minute": {"arch": "resnet18-mini", "input_size": 16, "n_patches": 10, "n_epochs": 10.0, "test_patches": 9},
 }
 

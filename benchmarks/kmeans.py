@@ -88,8 +88,10 @@ def run(options):
     x, x_test = learn(train.images, test.images, options.n_centroids, generator(options.seed, "kmeans"))
     fit = Fit(n_epochs=options.n_eval_epochs, seed=options.seed, bf16=machine("cpu")["precision"] == "bf16")
     result, _ = linear_probe(x, train.labels, x_test, test.labels, len(train.class_names), fit)
-    return {"n_images": len(train.images), "n_centroids": options.n_centroids, "seed": options.seed, "top1": result["top1"],
-            "seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu, "commit": commit()}  # fmt: skip
+    seconds = {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
+    accuracies = {name: result[name] for name in ("top1", "train_top1", "lr")}
+    return {"n_images": len(train.images), "n_centroids": options.n_centroids, "seed": options.seed, **accuracies, **seconds,
+            "commit": commit()}  # fmt: skip
 
 
 def main(argv=None):

@@ -32,6 +32,7 @@ GROUPS = {
     "views": Group(TINY, "reproduction", "views"),
     "one-minute": Group(TINY, "one-minute", "tries"),
     "search": Group(SEARCH, "search", "tries"),
+    "laptop": Group("--preset laptop", "laptop", "runs"),
     "demo": Group(demo_options(), "demo"),
     "precision": Group(f"{PLAIN} {BASELINE_LIKE}", "precision"),
 }
@@ -130,6 +131,8 @@ LEVERS = {  # each changes one thing of the base of the search behind --preset l
     "stages in quadrants": "--pool_grid 2",
     "not standardised": "--no-standardize",
 }
+PAPERS = "--optimizer lars --lr 0.3 --emb_pool features --pool_grid 1 --no-standardize"
+SIZES = {50000: "", 20000: "--n_images 20000", 5000: "--n_images 5000"}
 ROWS = [
     *(Row(name, title, published, full, 1, "findings-full")
       for name, title, published, full, _, _ in FINDINGS if full is not None),
@@ -139,6 +142,10 @@ ROWS = [
       for n in (4, 9) for kind, title in VIEWS.items()),
     *(Row(name, name, "", options, 1, "one-minute") for name, options in TRIES.items()),
     *(Row(name, name, "", options, 1, "search") for name, options in LEVERS.items()),
+    *(Row(f"preset-{n}", "the preset", "", options, 3 if n == 50000 else 2, "laptop") for n, options in SIZES.items()),
+    *(Row(f"lars-{n}", "by LARS, mean of the features", "", f"{PAPERS} {options}".strip(), 1, "laptop")
+      for n, options in SIZES.items()),
+    Row("untrained-50000", "the preset, untrained", "", "--n_epochs 0", 1, "laptop"),
     Row("trained", "trained", "", "", 3, "demo"),
     Row("untrained", "the same encoder, untrained", "", "--n_epochs 0", 3, "demo"),
     Row("raw-pixels", "raw pixels", "", "", 1, "demo"),

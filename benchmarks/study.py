@@ -5,11 +5,10 @@
     python -m benchmarks.study findings-cpu --only base sgd
     python -m benchmarks.study search --list                # the command of each row
 
-The other groups: views, what an image is encoded by; search, the search behind --preset laptop, and laptop, its result; document,
-the document's own setting for as long as it may take; one-minute, the search behind --preset one-minute, 20 minutes a seed on two
-cores; demo, what `make demo` runs; precision, bf16, fp32 and the baseline. A run is a run folder in logs/GROUP: what is finished
-there is read and not run again, what was stopped goes on. CIFAR-10 is downloaded; --dataset folder --data_dir DIR takes images
-in train/<class> and test/<class> instead. Then: python -m benchmarks.readme
+The other groups: views, what an image is encoded by; search, the search behind --preset laptop; laptop, that preset beside LARS;
+one-minute, the search behind --preset one-minute; demo, what `make demo` runs; precision, bf16, fp32 and the baseline. A run is
+a run folder in logs/GROUP: what is finished there is read and not run again, what was stopped goes on. CIFAR-10 is downloaded;
+--dataset folder --data_dir DIR takes images in train/<class> and test/<class> instead. Then: python -m benchmarks.readme
 """
 
 import contextlib
@@ -102,7 +101,7 @@ def read_run(exp_dir):
     """Return the results of a finished run: accuracies in percent, the probe's rate, losses by epoch, seconds per stage."""
     run = Run(exp_dir)
     result, seconds = files.read_json(run.result), run.read_launches()[-1]["seconds"]
-    accuracies = {name: result[name] for name in ("top1", "top5", "best_top1", "knn_top1", "lr")}
+    accuracies = {name: result[name] for name in ("top1", "top5", "best_top1", "train_top1", "knn_top1", "lr")}
     seconds = {stage: round(value, 1) for stage, value in seconds.items()}
     return {**accuracies, "losses": losses_by_epoch(run), "seconds": seconds}
 

@@ -90,13 +90,13 @@ def findings(group, folder=RESULTS):
     results = files.read_json(folder / "reproduction.json").get(section, {})
     entries, rows = {}, []
     for row in rows_of(group):
-        cells = ["not yet measured", "", ""]
+        cells = ["not yet measured", "", "", ""]
         if results.get(row.name, {}).get("options") == all_options(row):
             entries[row.name] = results[row.name]
             cells = outcome(results[row.name]["runs"])
         options = f"`{row.options}`".replace("{base}", "LAST.pt") if row.options else ""
         rows.append([row.title, options, row.published, *cells])
-    text = table(["setting", "options", "published, full size", "top-1 here", "20-NN", "seconds"], rows)
+    text = table(["setting", "options", "published, full size", "top-1 here", "on its training images", "20-NN", "seconds"], rows)
     text += f"\n\nEvery row starts from `{base}`; `--only` takes the names that `--list` prints."
     if entries:
         entry = next(iter(entries.values()))
@@ -108,13 +108,13 @@ def findings(group, folder=RESULTS):
 
 
 def outcome(runs):
-    """Return the top-1, 20-NN and seconds of a row, or why it failed."""
+    """Return the top-1 on the test and on the training images, 20-NN and seconds of a row, or why it failed."""
     done = succeeded(runs)
     if not done:
-        return [why_failed(runs), "", ""]
+        return [why_failed(runs), "", "", ""]
     if "knn_top1" not in done[0]:
-        return [spread(done, "top1"), "", ""]
-    return [spread(done, "top1"), spread(done, "knn_top1"), total_seconds(done)]
+        return [spread(done, "top1"), "", "", ""]
+    return [*(spread(done, name) for name in ("top1", "train_top1", "knn_top1")), total_seconds(done)]
 
 
 def losses(entries):
@@ -156,18 +156,19 @@ def verdict(results, better, worse):
     return f"{'holds' if gap > 0 else 'does **not** hold'} here, {gap:+.1f} points (`{better}` less `{worse}`)"
 
 
-def one_minute():
-    """Return a row for each try, the best first: accuracy, and training time as a multiple of the base's."""
-    results, base = read("one-minute"), GROUPS["one-minute"].base
+def tries(group, timed=True):
+    """Return a row for each try of a search, the best first; timed: with the training time as a multiple of the base's."""
+    file, base = GROUPS[group].file, GROUPS[group].base
+    results = read(file)
     about = {name: results[name] for name in ("data", "machine") if name in results}  # of the tries that do not say it
-    tries = {name: {**about, **entry} for name, entry in results["tries"].items()}
+    entries = {name: {**about, **entry} for name, entry in results["tries"].items()}
 
     def means(runs):
         return statistics.mean(run["top1"] for run in runs), statistics.mean(run["seconds"]["training"] for run in runs)
 
-    base_top1, base_seconds = means(tries["base"]["runs"])
+    base_top1, base_seconds = means(entries["base"]["runs"])
     rows = []
-    for name, entry in tries.items():
+    for name, entry in entries.items():
         runs, changes = succeeded(entry["runs"]), entry["options"].removeprefix(base).strip()
         options = [f"`{changes}`"] if changes else []
         options += ["a change to the program"] if entry.get("changed") else []
@@ -179,10 +180,35 @@ def one_minute():
         cells = [spread(runs, "top1"), f"{top1 - base_top1:+.1f}", f"{training / base_seconds:.2f}"]
         rows.append((top1, title + cells))
     rows.sort(key=lambda row: -row[0])
-    seeds = count([len(succeeded(entry["runs"])) for entry in tries.values()])
-    data = " and ".join(sorted({entry["data"] for entry in tries.values()}))
-    text = table(["what is changed", "options", "top-1", "less the base", "training time"], [cells for _, cells in rows])
-    return f"{text}\n\n{data}; each starts from `{base}` ({seeds}). {measured_by('study one-minute', tries['base'])}"
+    columns = ["what is changed", "options", "top-1", "less the base", "training time"][: 5 if timed else 4]
+    text = table(columns, [cells[: len(columns)] for _, cells in rows])
+    seeds = count([len(succeeded(entry["runs"])) for entry in entries.values()])
+    data = " and ".join(sorted({entry["data"] for entry in entries.values()}))
+    return f"{text}\n\n{data}; each starts from `{base}` ({seeds}). {measured_by(f'study {group}', entries['base'])}"
+
+
+def laptop():
+    """Return the table of accuracies against seconds: the preset, LARS, k-means and the untrained encoder."""
+    results, rows = read("laptop")["runs"], []
+    for row in rows_of("laptop"):
+        if row.name in results:
+            images = f"{int(row.name.split('-')[-1]):,}"
+            rows.append([row.title, images, *outcome(results[row.name]["runs"])])
+    for title, n_images, runs in kmeans_runs():
+        accuracies = [spread(runs, "top1"), spread(runs, "train_top1"), ""]
+        rows.append([title, f"{n_images:,}", *accuracies, f"{statistics.median(run['seconds'] for run in runs):.0f}"])
+    columns = ["", "training images", "top-1", "on its training images", "20-NN", "seconds"]
+    entry = results["preset-50000"]
+    return (f"{table(columns, rows)}\n\n{entry['data']}, all test images; mean (least to greatest) of 1 to 3 seeds; seconds of "
+            f"training, encoding and probe. {measured_by('study laptop` and `python -m benchmarks.kmeans', entry)}")  # fmt: skip
+
+
+def kmeans_runs():
+    """Return (title, number of training images, runs) of each size in kmeans.json, as kmeans.py measured them."""
+    groups = {}
+    for row in read("kmeans")["rows"]:
+        groups.setdefault((row["n_centroids"], row["n_images"]), []).append(row)
+    return [(f"k-means, {n_centroids} centroids", n_images, runs) for (n_centroids, n_images), runs in sorted(groups.items())]
 
 
 def demo():

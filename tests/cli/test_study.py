@@ -10,7 +10,7 @@ from helpers import ROOT
 
 import main
 import train
-from benchmarks import rows, study, tables
+from benchmarks import curve, rows, study, tables
 
 
 @pytest.fixture
@@ -94,3 +94,30 @@ def test_no_figure_lies_in_a_row_that_is_not_measured():
     recorded = json.loads((ROOT / "benchmarks" / "results" / "one-minute.json").read_text())["tries"]
     for name, entry in recorded.items():
         assert entry["changed"] or rows.TRIES[name] == entry["options"], name
+
+
+def test_the_curve_and_its_table_show_the_results(tmp_path, monkeypatch):
+    def runs(*top1, seconds=10):
+        stages = {"training": seconds, "encoding": 2, "probe": 1}
+        return [{"top1": x, "train_top1": x + 5, "knn_top1": x - 5, "seconds": stages} for x in top1]
+
+    machine = dict.fromkeys(("processor", "cores", "device", "precision", "python", "torch", "torchvision"), "m")
+    measured = {"preset-50000": runs(80, 82), "preset-5000": runs(64), "lars-5000": runs(52), "untrained-50000": runs(40)}
+    about = {"data": "CIFAR-10", "machine": machine}
+    text = json.dumps({"runs": {name: {"runs": found, **about} for name, found in measured.items()}})
+    (tmp_path / "laptop.json").write_text(text)
+    size = {"n_images": 5000, "n_centroids": 400, "train_top1": 70}
+    clusters = [{**size, "top1": 59, "seconds": 30}, {**size, "top1": 61, "seconds": 40}]
+    (tmp_path / "kmeans.json").write_text(json.dumps({"rows": clusters}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert curve.curves() == {
+        "--preset laptop": [(13, 64, 64, 64), (13, 80, 81, 82)],
+        "LARS, mean of the features": [(13, 52, 52, 52)],
+        "k-means of patches": [(35, 59, 60, 61)],
+    }
+    table = tables.laptop()
+    assert "| the preset | 50,000 | 81.0% (80.0 to 82.0) | 86.0% (85.0 to 87.0) | 76.0% (75.0 to 77.0) | 13 |" in table
+    assert "| k-means, 400 centroids | 5,000 | 60.0% (59.0 to 61.0) | 70.0% (70.0 to 70.0) |  | 35 |" in table
+    figure = curve.figure()
+    drawn = [line.get_xydata().tolist() for line in figure.axes[0].lines if line.get_marker() in ("o", "s", "D")]
+    assert [[13, 64], [13, 81]] in drawn and [[35, 60]] in drawn
