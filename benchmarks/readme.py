@@ -1,4 +1,4 @@
-"""Fill the generated parts of README.md and docs/results.md, from the declaration of the settings and benchmarks/results.
+"""Fill the generated parts of README.md and docs, from the declaration of the settings and benchmarks/results.
 
     python -m benchmarks.readme
     python -m benchmarks.readme --pictures logs/EMP-SSL-Training/demo__numpatch8_bs25_lr0.3
@@ -15,18 +15,19 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks import tables
+from benchmarks import laptop, tables
 from benchmarks.common import RESULTS, ROOT
 from experiment import Run
 from infra import files
 from tools import compare, report
 
-TEXTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+TEXTS = (ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "results.md")
 DARK = "#222222"  # ink of the pictures
 CURVES = ("invariance loss", "uniformity loss", "linear probe")  # in the picture of the curves
 
 # name: (function that returns its text, arguments of `python -m` that measure it; "" if nothing is measured)
 PARTS = {
+    "headline": (laptop.headline, "study laptop"),
     "options": (tables.options, ""),
     "presets": (tables.presets, ""),
     "demo": (tables.demo, "study demo"),
@@ -36,7 +37,7 @@ PARTS = {
     "views": (partial(tables.findings, "views"), "study views"),
     "one-minute": (partial(tables.tries, "one-minute"), "study one-minute"),
     "search": (partial(tables.tries, "search", timed=False), "study search"),
-    "laptop": (tables.laptop, "study laptop"),
+    "laptop": (laptop.results_table, "study laptop"),
     "precision": (tables.precision, "study precision"),
     "speed-cpu": (partial(tables.speed, "cpu"), "speed"),
     "speed-cuda": (partial(tables.speed, "cuda"), "speed --device cuda"),

@@ -187,30 +187,6 @@ def tries(group, timed=True):
     return f"{text}\n\n{data}; each starts from `{base}` ({seeds}). {measured_by(f'study {group}', entries['base'])}"
 
 
-def laptop():
-    """Return the table of accuracies against seconds: the preset, LARS, k-means and the untrained encoder."""
-    results, rows = read("laptop")["runs"], []
-    for row in rows_of("laptop"):
-        if row.name in results:
-            images = f"{int(row.name.split('-')[-1]):,}"
-            rows.append([row.title, images, *outcome(results[row.name]["runs"])])
-    for title, n_images, runs in kmeans_runs():
-        accuracies = [spread(runs, "top1"), spread(runs, "train_top1"), ""]
-        rows.append([title, f"{n_images:,}", *accuracies, f"{statistics.median(run['seconds'] for run in runs):.0f}"])
-    columns = ["", "training images", "top-1", "on its training images", "20-NN", "seconds"]
-    entry = results["preset-50000"]
-    return (f"{table(columns, rows)}\n\n{entry['data']}, all test images; mean (least to greatest) of 1 to 3 seeds; seconds of "
-            f"training, encoding and probe. {measured_by('study laptop` and `python -m benchmarks.kmeans', entry)}")  # fmt: skip
-
-
-def kmeans_runs():
-    """Return (title, number of training images, runs) of each size in kmeans.json, as kmeans.py measured them."""
-    groups = {}
-    for row in read("kmeans")["rows"]:
-        groups.setdefault((row["n_centroids"], row["n_images"]), []).append(row)
-    return [(f"k-means, {n_centroids} centroids", n_images, runs) for (n_centroids, n_images), runs in sorted(groups.items())]
-
-
 def demo():
     results = read("demo")
     trained = results["trained"]

@@ -17,8 +17,9 @@ from infra.device import generator
 from patches import sample_patches
 from tools import export
 
-TEXT = (ROOT / "README.md").read_text()
-RESULTS = (ROOT / "docs" / "results.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README, GUIDE = PAGES[ROOT / "README.md"], PAGES[ROOT / "docs" / "guide.md"]
+TEXT = "\n".join(PAGES.values())
 SHELL = [line.split("   #")[0].split("     #")[0].strip() for block in re.findall(r"```shell\n(.*?)```", TEXT, re.S)
          for line in block.splitlines()] + re.findall(r"`((?:python|make|torchrun|tensorboard) [^`]+)`", TEXT)  # fmt: skip
 EXP_DIR = "logs/EMP-SSL-Training/default__numpatch20_bs100_lr0.3"
@@ -26,8 +27,12 @@ QUICK = [line for line in SHELL if re.match(r"python main\.py (?!train)", line)]
 
 
 def test_options_and_figures_are_those_of_the_declaration_and_the_results():
-    for text in (TEXT, RESULTS):
+    for text in PAGES.values():
         assert readme.render(text) == text
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200 and len(README.encode()) <= 12_000
 
 
 def options_of(program):
@@ -50,6 +55,8 @@ def test_every_command_and_option_exists(line):
         names = line.removeprefix("pip install ").split()
         requirements = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-extra.txt").read_text()
         assert all((ROOT / name).exists() or name == "-r" or re.search(f"^{name}\\b", requirements, re.M) for name in names)
+    elif line.startswith("python -m pytest"):
+        assert (ROOT / line.split()[3]).exists() and set(line.split()[4::2]) == {"--runs"}
     else:
         program = re.match(r"(?:python|torchrun .*?) ((?:main\.py \w+)|(?:-m benchmarks\.\w+))", line)
         assert program, line
@@ -86,7 +93,7 @@ def test_the_shortest_run_from_the_shell(tmp_path):
 
 def test_the_encoder_in_python_as_the_readme_has_it(tiny, tmp_path, monkeypatch):
     """At most ten lines, run as they stand; the features are those of the run's own encoder."""
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "export/backbone.pt" in block)
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "export/backbone.pt" in block)
     assert len(code.splitlines()) <= 10
     assert run(*tiny, "--arch", "resnet18-cifar", "--n_epochs", "0", "--log_folder", tmp_path).code == 0
     assert run("export", "--exp_dir", tmp_path / RUN, "--format", "torchvision").code == 0
@@ -101,11 +108,26 @@ def test_the_encoder_in_python_as_the_readme_has_it(tiny, tmp_path, monkeypatch)
     torch.testing.assert_close(scope["features"], encoder.eval().backbone(2 * x - 1), rtol=1e-3, atol=1e-3)
 
 
-def test_links_and_pictures_are_there():
-    titles = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", TEXT, re.M)}
-    assert set(re.findall(r"\]\(#([^)]*)\)", TEXT)) <= titles
-    pictures = re.findall(r"!\[[^\]]{20,}\]\(([^)]*)\)", TEXT)
-    assert len(pictures) == 3 and all((ROOT / path).stat().st_size < 100_000 for path in pictures)
+def titles_of(text):
+    """The anchors of a page as GitHub makes them."""
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_and_pictures_are_there(path):
+    text = re.sub(r"```.*?```", "", PAGES[path], flags=re.S)
+    for link in re.findall(r"\]\(([^)]*)\)", text):
+        if not link.startswith("https://"):
+            name, _, title = link.partition("#")
+            target = (path.parent / name).resolve() if name else path
+            assert target.exists(), link
+            assert not title or title in titles_of(target.read_text()), link
+    for picture in re.findall(r"!\[[^\]]{20,}\]\(([^)]*)\)", text):
+        assert (path.parent / picture).stat().st_size < 100_000
+    assert "![](" not in text
+
+
+def test_the_citation_is_of_the_paper():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]["title"].startswith("EMP-SSL")
 
 

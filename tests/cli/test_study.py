@@ -10,7 +10,7 @@ from helpers import ROOT
 
 import main
 import train
-from benchmarks import curve, rows, study, tables
+from benchmarks import laptop, rows, study, tables
 
 
 @pytest.fixture
@@ -110,14 +110,15 @@ def test_the_curve_and_its_table_show_the_results(tmp_path, monkeypatch):
     clusters = [{**size, "top1": 59, "seconds": 30}, {**size, "top1": 61, "seconds": 40}]
     (tmp_path / "kmeans.json").write_text(json.dumps({"rows": clusters}))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert curve.curves() == {
+    assert laptop.curves() == {
         "--preset laptop": [(13, 64, 64, 64), (13, 80, 81, 82)],
         "LARS, mean of the features": [(13, 52, 52, 52)],
         "k-means of patches": [(35, 59, 60, 61)],
     }
-    table = tables.laptop()
+    table = laptop.results_table()
     assert "| the preset | 50,000 | 81.0% (80.0 to 82.0) | 86.0% (85.0 to 87.0) | 76.0% (75.0 to 77.0) | 13 |" in table
     assert "| k-means, 400 centroids | 5,000 | 60.0% (59.0 to 61.0) | 70.0% (70.0 to 70.0) |  | 35 |" in table
-    figure = curve.figure()
+    assert "81.0% (80.0 to 82.0) linear top-1 on CIFAR-10 in 0 minutes" in laptop.headline()
+    figure = laptop.figure()
     drawn = [line.get_xydata().tolist() for line in figure.axes[0].lines if line.get_marker() in ("o", "s", "D")]
     assert [[13, 64], [13, 81]] in drawn and [[35, 60]] in drawn
