@@ -90,7 +90,7 @@ class Hparams:
     compile: bool = setting(False, "none", "torch.compile the network; on a CPU the steps are no faster for it")
     tensorboard: bool = setting(True, "none", "TensorBoard events too, where the package is installed")
     print_freq: int = setting(50, "none", "steps between two lines of progress and metrics", low=1)
-    eval_freq: int = setting(0, "none", "steps between quick kNN evaluations while training; 0: none", low=0)
+    eval_freq: int = setting(0, "none", "steps between quick evaluations (kNN, signs of collapse) while training; 0: none", low=0)
     checkpoint_every: float = setting(60.0, "none", "seconds between two checkpoints within an epoch", low=0)
 
     def __post_init__(self):

@@ -15,8 +15,10 @@ if __name__ == "__main__":
 
 import torch
 
+import collapse
 from data import Images, why_no_probe
-from evaluate import METRICS, encode_split, fit_probe
+from encode import encode_split
+from evaluate import METRICS, fit_probe
 from experiment import Run, build_encoder, labels_checksum
 from hparams import PRESETS, SETTINGS, STAGES, from_dict, short
 from infra import distributed
@@ -101,7 +103,7 @@ def probe_and_report(hp, run, encoded, device, bf16):
     if not missing:
         compute = functools.partial(fit_probe, hp, run, encoded, class_names, device, bf16)
         probe = run.cached(run.probe, run.key("probe"), compute)
-        result = {**probe["result"], "key": probe["key"]}
+        result = {**probe["result"], **encoded["train"].get("collapse", {}), "key": probe["key"]}
         run.write_result(result)
         seconds["probe"] = result["seconds"]
     run.journal.finish(run.checkpoint["metrics_bytes"], result, seconds)
@@ -109,6 +111,8 @@ def probe_and_report(hp, run, encoded, device, bf16):
     log_stage("Report")
     log.info(f"images           by {encoded['train']['n_views']} views each: {hp.eval_views}")
     log_result(result, missing)
+    if "collapse" in encoded["train"]:
+        log_collapse(encoded["train"]["collapse"])
     log.info("seconds          " + "  ".join(f"{stage} {taken:.1f}" for stage, taken in seconds.items()))
     log.info(f"memory           {run.checkpoint['state']['peak_memory'] / 1e9:.2f} GB at most while training")
     log.info(f"files            {run.dir}")
@@ -126,6 +130,13 @@ def log_result(result, missing):
     log.info(f"                 top-1 {result['best_top1']:.2f}%  best epoch ({result['best_epoch']}), chosen on the test images")
     for name, (title, _) in METRICS.items():
         log.info(f"{title:16} top-1 {result[name]:.2f}%")
+
+
+def log_collapse(signs):
+    """Print the signs of collapse, and what to do if there is one."""
+    log.info(f"collapse         {collapse.told(signs)}  of 1,000 training images")
+    if collapse.advice(signs):
+        log.info(f"                 {collapse.advice(signs)}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
-from evaluate import quick_knn
 from experiment import STATE, n_steps_in, position
 from infra import distributed, files
 from infra.console import log, log_stage, progress_bar, time_left
@@ -23,6 +22,7 @@ from infra.signals import Interrupted, hold_signals
 from loss import emp_ssl_loss
 from optimizers import build_optimizer, learning_rate, load_momenta
 from patches import batch_params, render, sample_patches
+from quick import quick_evaluation
 
 STEP_METRICS = ("invariance loss", "uniformity loss", "gradient norm")  # of each step, in this order
 REMEDY = "the last checkpoint is kept: lower lr (or set precision: fp32) in hparams.yaml, then resume"
@@ -161,7 +161,8 @@ def train(hp, run, encoder, images, bf16):
 
         def after_step(epoch, epoch_is_over):
             if hp.eval_freq and state.step % hp.eval_freq == 0:
-                state.reported_at += quick_knn(hp, run, encoder, images, state.place(epoch), bf16)  # not counted in the speed
+                seconds = quick_evaluation(hp, run, encoder, images, state.place(epoch), bf16)
+                state.reported_at += seconds  # not counted in the speed
             due = time.monotonic() - state.saved_at > hp.checkpoint_every
             signum, due = distributed.all_reduce_max(signals[0] if signals else 0, due)
             if (signum or due) and not epoch_is_over:

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import loss
 from benchmarks.common import ROOT
 from benchmarks.study import read_run
-from evaluate import AUTHORS_LR, LRS, Fit, Output, encode, softmax_regressions
+from encode import Output, encode
+from evaluate import AUTHORS_LR, LRS, Fit, softmax_regressions
 from experiment import build_encoder
 from hparams import Hparams
 from infra.device import generator, peak_memory

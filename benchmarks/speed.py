@@ -3,7 +3,6 @@
     python -m benchmarks.speed                              # every part: about half an hour on two cores
     python -m benchmarks.speed --only tcr choices           # choices: what each choice of the train step gives
     python -m benchmarks.speed --only run --data_dir DIR    # the whole run, on files in train/<class> and test/<class>
-    python -m benchmarks.speed --only cost large ranks      # see storage.py and ranks.py
 
 Each measurement is a process of its own, the baseline's and ours in turns. The floor is the time of the operations, or of the
 bytes, that a part can't do without, at the rates of a large matrix product and of a large copy, the best of seven each. It
@@ -30,7 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import loss
 from benchmarks import baseline, ranks, storage
 from benchmarks.common import BASELINE_LIKE, ROOT, child, commit, machine, measured, parser
-from evaluate import Fit, Output, encode, linear_probe
+from encode import Output, encode
+from evaluate import Fit, linear_probe
 from experiment import Run
 from hparams import Hparams
 from infra import files

@@ -36,9 +36,11 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+import encode
 import evaluate
 import main
 import patches
+import quick
 import train
 from infra import files, image_cache
 
@@ -319,8 +321,12 @@ def instrument(device):
         with device.within("other"):
             return function(*args, **options)
 
+    def aside(function, *args, **options):  # of 1,000 images, once
+        with device.within("aside"):
+            return function(*args, **options)
+
     def batches(phase, function, *args, **options):
-        with device.within(phase):  # also while the caller works with a batch
+        with device.within("aside" if device.phase == "aside" else phase):  # also while the caller works with a batch
             yield from function(*args, **options)
 
     def step(function, *args, **options):
@@ -339,10 +345,12 @@ def instrument(device):
         with _disable_current_modes():
             return function(path)
 
-    for name in ("report", "save_checkpoint", "quick_knn"):
+    for name in ("report", "save_checkpoint", "quick_evaluation"):
         wrap(train, name, other)
+    for module in (encode, quick):
+        wrap(module, "collapse_signs", aside)
     wrap(train, "batches", functools.partial(batches, "step"))
-    wrap(evaluate, "batches", functools.partial(batches, "encode"))
+    wrap(encode, "batches", functools.partial(batches, "encode"))
     wrap(train, "train_step", step)
     wrap(files, "save", save)
     wrap(files, "load", load)

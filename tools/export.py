@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from data import SUFFIXES, find_images, read_images
-from evaluate import encode_images
+from encode import encode_images
 from experiment import Run, build_encoder, check_changes, is_trained, position
 from infra import files
 from infra.console import log

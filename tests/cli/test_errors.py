@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import RUN, contents, edit, fingerprints, refused, run
-from PIL import Image
 
+import encode
 import evaluate
 import loss
 import train
@@ -116,15 +116,6 @@ def test_missing_folders(tiny, tmp_path):
     assert not logs.exists()
 
 
-def test_no_accuracy_to_measure(tiny, tmp_path):
-    heap = tmp_path / "heap"
-    heap.mkdir()
-    for i in range(8):
-        Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(heap / f"{i}.png")
-    result = run(*tiny, "--data_dir", heap, "--eval_freq", "2", "--log_folder", tmp_path / "logs")
-    assert refused(result, 2, "eval_freq", "no labels")
-
-
 def test_a_checkpoint_of_another_arch(copy, finished):
     """Swapped in whole, it is told by its settings; with settings that lie, by its weights."""
     last = copy / "checkpoints" / "last.pt"
@@ -225,13 +216,13 @@ def test_one_number_that_is_not_finite_shows_in_the_loss(of, value):
 
 
 def test_embeddings_that_are_not_finite_are_not_written(tiny, tmp_path, monkeypatch):
-    encode = evaluate.encode
+    original = encode.encode
 
     def broken(*args, **kwargs):
-        encoded = encode(*args, **kwargs)
+        encoded = original(*args, **kwargs)
         return {**encoded, "embeddings": encoded["embeddings"].clone().index_fill_(1, torch.tensor([2]), torch.nan)}
 
-    monkeypatch.setattr(evaluate, "encode", broken)
+    monkeypatch.setattr(encode, "encode", broken)
     assert refused(run(*tiny, "--log_folder", tmp_path), 1, "embeddings of the train images are not finite")
     assert not list((tmp_path / RUN / "artifacts").iterdir())
 
@@ -245,13 +236,13 @@ def test_a_probe_that_diverges_is_an_error_and_not_a_result(tiny, tmp_path, monk
 
 
 def test_features_beyond_float16_are_not_saved(tiny, tmp_path, monkeypatch):
-    encode = evaluate.encode
+    original = encode.encode
 
     def encode_large(*args, **kwargs):
-        encoded = encode(*args, **kwargs)
+        encoded = original(*args, **kwargs)
         return encoded | {"features": 10 * 65504 * encoded["features"]}
 
-    monkeypatch.setattr(evaluate, "encode", encode_large)
+    monkeypatch.setattr(encode, "encode", encode_large)
     assert refused(run(*tiny, "--log_folder", tmp_path, "--save_proj"), 1, "save_proj: features of the train images")
     assert not list(tmp_path.rglob("train.pt"))
 

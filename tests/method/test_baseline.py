@@ -3,6 +3,7 @@ from functools import partial
 import torch
 
 import data
+import encode
 import evaluate
 import loss
 import train
@@ -59,5 +60,5 @@ def test_its_probe_and_encoding_agree_with_ours(monkeypatch):
     monkeypatch.setattr(baseline, "loader", lambda *args, **kwargs: [x.transpose(0, 1) for x in batches])
     encoded = baseline.encode(plain, images, 2, bs=4)
     assert encoded.shape == (6, 16)
-    expected = evaluate.encode(ours, images, Views(2), partial(generator, 0, "encode-t"), bs=4)["embeddings"]
+    expected = encode.encode(ours, images, Views(2), partial(generator, 0, "encode-t"), bs=4)["embeddings"]
     torch.testing.assert_close(encoded, expected, rtol=1e-4, atol=1e-5)

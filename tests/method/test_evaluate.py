@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 import data
 import patches
-from evaluate import LRS, Fit, Output, accuracy, encode, knn, linear_probe
+from encode import Output, encode
+from evaluate import LRS, Fit, accuracy, knn, linear_probe
 from infra.device import generator
 from model import Encoder
 from patches import Views

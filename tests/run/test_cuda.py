@@ -19,7 +19,7 @@ HOT = ("step", "encode", "probe")  # the phases in which the host must not wait
 # Faults of the program that are known: what must be found in the hot phases of a scenario, and nothing else.
 KNOWN = {
     # Features and projections of each batch are copied into CPU tensors, which the host waits for.
-    "save_proj": {"encode: copy to the CPU in evaluate.py, encode"},
+    "save_proj": {"encode: copy to the CPU in encode.py, encode"},
 }
 
 # Launches of a step of 2,000 patches in bf16, of its augmentation, and of an inner step of the probe, as counted with torch 2.14.

@@ -139,7 +139,7 @@ def test_one_process_that_dies_or_is_told_to_stop_ends_the_others_and_the_run_re
 
 KILLED = """
 import os, signal, sys, main
-import evaluate, train
+import encode, train
 from infra import image_cache
 place, ranks, *argv = sys.argv[1:]
 image_cache.MANY = 4
@@ -152,7 +152,7 @@ def kill(owner, name):
         return result
     setattr(owner, name, killed)
 if place != "nowhere":
-    kill(*{"decoding": (image_cache, "size_and_time"), "encoding": (evaluate, "encode"),
+    kill(*{"decoding": (image_cache, "size_and_time"), "encoding": (encode, "encode"),
            "checkpoint": (train, "check_finite")}[place])
 sys.exit(main.main(argv))
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import pictures
 
-from evaluate import encode
+from encode import encode
 from experiment import build_encoder
 from hparams import Hparams
 from infra.device import generator

@@ -13,7 +13,7 @@ import torch
 from helpers import ROOT, RUN, contents, edit, fingerprints, refused, run, step_of
 
 import data
-import evaluate
+import encode
 from experiment import Run, load_checkpoint
 from infra import files
 
@@ -131,7 +131,7 @@ def test_a_probe_that_was_killed_between_its_files_is_fitted_again(finished, tmp
 
 
 def test_a_signal_outside_training_stops_too(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "encode", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(encode, "encode", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
     result = run(*tiny, "--log_folder", tmp_path)
     assert (result.code, result.err) == (143, "stopped\n")
 

@@ -12,7 +12,7 @@ from helpers import RUN, contents, run, trained_with
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-import evaluate
+import encode
 import loss
 import train
 from experiment import Run, build_encoder
@@ -156,9 +156,10 @@ def test_no_epochs_leave_the_seeded_random_encoder(tiny, tmp_path):
     assert not torch.equal(other["backbone.conv1.weight"], fresh["backbone.conv1.weight"])
 
 
-def test_quick_knn_on_the_way_changes_nothing_else(tiny, finished, tmp_path):
+def test_evaluations_on_the_way_change_nothing_else(tiny, finished, tmp_path):
     result = trained_with("--eval_freq", "5", tiny=tiny, tmp_path=tmp_path)
-    assert len(re.findall(r"\| kNN \d+\.\d\d%", result.out)) == 2
+    line = r"\| kNN \d+\.\d\d% rank \d+\.\d alignment \d\.\d{3} uniformity -\d\.\d\d"
+    assert len(re.findall(line, result.out)) == 2
     ours, plain = contents(tmp_path / RUN), contents(finished)
     for name in ("artifacts/train.pt", "probe.pt"):
         assert ours[name] == plain[name]
@@ -217,4 +218,4 @@ def test_no_float64_in_a_training_step_or_the_encoding(finished):
         for losses in ("tcr", "vonmises"):
             step_hp = replace(hp, uniformity_loss=losses)
             train.build_step(step_hp, encoder, train.build_optimizer(hp, encoder), bf16=False)(images, generator(0, "t"))
-        evaluate.encode(encoder, images, Views(2), partial(generator, 0, "t"))
+        encode.encode(encoder, images, Views(2), partial(generator, 0, "t"))
