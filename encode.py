@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 
 import collapse
+from backbones import stage_dim, stage_means
 from data import balanced_subset
 from infra import distributed
 from infra.console import log, log_stage, progress
 from infra.device import generator, without_tuning
 from infra.errors import RunError
 from infra.image_cache import batches, on_device, subset
-from model import fold_batch_norm, stage_dim, stage_means
+from model import fold_batch_norm
 from patches import sample_views
 
 # emb_pool: the tensor of a view that is its representation. features: h; projections: z.

@@ -10,12 +10,10 @@ import torch
 from hparams import FIXED, from_dict, read_hparams, to_yaml, yaml_value
 from infra import files
 from infra.console import log
-from infra.device import generator
 from infra.distributed import on_main_process, process_group
 from infra.errors import RunError, UsageError
 from infra.lock import is_locked, locked
 from infra.metrics import Board, Journal, read_launches
-from model import Encoder
 
 # What a checkpoint holds; see train.save_checkpoint. "state" is that of a train.TrainState.
 CHECKPOINT = {
@@ -281,40 +279,3 @@ def check_changes(hp, checkpoint):
                 f"no effect: set it back, raise n_epochs to train on with it, or train under a new --exp_name"
             )
     return changed
-
-
-def build_encoder(hp, checkpoint):
-    """Return the encoder with the checkpoint's weights; without a checkpoint, with seeded random weights and, if asked for,
-    the pretrained projection, which is frozen. Raises UsageError if weights are missing or do not fit."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(hp.seed, "init").initial_seed())
-        encoder = Encoder(hp.arch, hp.h_dim, hp.z_dim, hp.activation, hp.batch_norm)
-    if checkpoint:
-        load_strictly(encoder, checkpoint["encoder"], "the checkpoint")
-    elif hp.pretrained_proj:
-        load_strictly(encoder.projection, read_projection(hp.pretrained_proj), f"pretrained_proj {hp.pretrained_proj}")
-    # Only the weights are frozen; batch norm goes on following the statistics of the new features.
-    encoder.projection.requires_grad_(hp.pretrained_proj is None)
-    return encoder
-
-
-def read_projection(path):
-    """Return the weights of the projection in a checkpoint. Raises UsageError if there are none."""
-    if not Path(path).is_file():
-        raise UsageError(f"pretrained_proj {path} is not a file")
-    weights, prefix = files.load(Path(path).resolve()).get("encoder", {}), "projection."
-    projection = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    if not projection:
-        raise UsageError(f"pretrained_proj {path} holds no projection")
-    return projection
-
-
-def load_strictly(module, weights, source):
-    """Load weights that fit exactly and are finite. Raises UsageError, naming the source, for any others."""
-    try:
-        module.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"the weights of {source} do not fit arch, h_dim, z_dim or batch_norm of this run: {reason}") from None
-    if not all(value.isfinite().all() for value in weights.values()):
-        raise UsageError(f"the weights of {source} are not finite")

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, get_args
 
 import yaml
 
+from backbones import BACKBONES, TIMM
 from data import DATASETS
 from infra.errors import UsageError
 from infra.files import open_regular
 from loss import UNIFORMITY
-from model import ACTIVATIONS, BACKBONES
+from model import ACTIVATIONS
 from patches import VIEW_KINDS, Augment, Views
 
 # The earliest stage that a setting influences. Those of data and model never change within a run folder, because the weights
@@ -45,7 +46,8 @@ class Hparams:
     image_size: int = setting(32, "data", "pixels, folder only: images are resized and centre-cropped to this", low=14, high=4096)
     n_images: int | None = setting(None, "data", "train on a random, class-balanced subset of so many (default: all)", low=1)
     seed: int = setting(42, "data", "random seed", low=0)
-    arch: str = setting("resnet18-cifar", "model", "network architecture", choices=tuple(BACKBONES))
+    arch: str = setting("resnet18-cifar", "model", "network architecture", choices=tuple(BACKBONES), prefix=TIMM)
+    weights: str | None = setting(None, "model", "file that the backbone's weights start from; timm: timm's pretrained ones")
     h_dim: int = setting(4096, "model", "patch embedding dimensionality", low=1, high=2**16)
     z_dim: int = setting(1024, "model", "projection dimensionality", low=1, high=2**16)
     activation: str = setting("relu", "model", "activation of both heads", choices=tuple(ACTIVATIONS))
@@ -108,8 +110,18 @@ class Hparams:
         k = math.isqrt(self.test_views.n)
         if self.pool_grid > 1 and (self.eval_views != "grid" or k % self.pool_grid):
             raise UsageError(f"pool_grid must divide the side of a grid of views, {k} of {self.eval_views}, not {self.pool_grid}")
+        is_timm = self.arch.startswith(TIMM)
+        if self.weights == "timm" and not is_timm:
+            raise UsageError(f"weights timm are for arch {TIMM}NAME, not {self.arch}")
+        if self.emb_pool == "stages" and is_timm:
+            raise UsageError(f"emb_pool stages is for resnets of torchvision, not {self.arch}")
         if self.image_size % 2:
             raise UsageError(f"image_size must be even, a patch being half as wide, not {self.image_size}")
+
+    @property
+    def patch_size(self):
+        """Pixels of a patch in the network."""
+        return self.input_size or (self.image_size if self.dataset == "folder" else 32)
 
     @property
     def augment(self):
@@ -126,7 +138,7 @@ class Hparams:
     def key(self, stage, weights):
         """Return the cache key of a stage: the checksum of the weights and all settings up to that stage, as a dict."""
         stages = list(STAGES)[: list(STAGES).index(stage) + 1]
-        return {"weights": weights, **{name: getattr(self, name) for name, s in SETTINGS.items() if s.stage in stages}}
+        return {"encoder": weights, **{name: getattr(self, name) for name, s in SETTINGS.items() if s.stage in stages}}
 
     def differences(self, other, stages=tuple(STAGES)):
         """Return {name: (value here, value there)} for the settings of these stages that differ from those of other."""
@@ -145,6 +157,7 @@ class Setting(NamedTuple):
     stage: str
     help: str
     choices: tuple = ()
+    prefix: str | None = None  # text that begins with it is allowed beside the choices
     low: float | None = None
     above: bool = False  # whether low itself is not allowed
     high: float = 2**31 - 1
@@ -162,7 +175,7 @@ class Setting(NamedTuple):
     def allows(self, value):
         """Whether a value of self.type is a choice, or within the bounds, or text without control characters."""
         if self.choices:
-            return value in self.choices
+            return value in self.choices or (bool(self.prefix) and value.startswith(self.prefix) and value.isprintable())
         if self.type in (int, float):  # NaN is within no bounds
             return (self.low < value if self.above else self.low <= value) and value <= self.high
         return self.type is bool or value.isprintable()
@@ -179,7 +192,7 @@ class Setting(NamedTuple):
     def wanted(self):
         """Describe the values that are allowed."""
         if self.choices:
-            return "one of " + ", ".join(self.choices)
+            return "one of " + ", ".join(self.choices) + (f", or {self.prefix}NAME" if self.prefix else "")
         if self.type in (int, float):
             kind = "whole number" if self.type is int else "number"
             return f"a {kind} {'above' if self.above else 'from'} {self.low} to {self.high}"

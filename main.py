@@ -19,7 +19,7 @@ import collapse
 from data import Images, why_no_probe
 from encode import encode_split
 from evaluate import METRICS, fit_probe
-from experiment import Run, build_encoder, labels_checksum
+from experiment import Run, labels_checksum
 from hparams import PRESETS, SETTINGS, STAGES, from_dict, short
 from infra import distributed
 from infra.console import EVERY_PROCESS, PLAIN, log, log_stage, quiet_libraries
@@ -29,6 +29,7 @@ from infra.metrics import environment, git_commit
 from infra.signals import Interrupted, raise_signals
 from tools import cleanup, compare, dry_run, export, report
 from train import train
+from weights import build_encoder
 
 
 def main(argv=None):

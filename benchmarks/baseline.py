@@ -19,8 +19,8 @@ from torchvision import transforms
 from torchvision.models import resnet18
 
 import data
+from backbones import BACKBONES
 from infra.device import generator
-from model import BACKBONES
 
 TRANSFORM = transforms.Compose([
     transforms.RandomResizedCrop(32, scale=(0.25, 0.25), ratio=(1, 1)),

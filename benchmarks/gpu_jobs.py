@@ -20,13 +20,13 @@ from benchmarks.common import ROOT
 from benchmarks.study import read_run
 from encode import Output, encode
 from evaluate import AUTHORS_LR, LRS, Fit, softmax_regressions
-from experiment import build_encoder
 from hparams import Hparams
 from infra.device import generator, peak_memory
 from infra.errors import RunError
 from patches import sample_patches
 from textures import make_textures
 from train import build_optimizer, build_step
+from weights import build_encoder
 
 SEED, N_CLASSES = 42, 10
 RUNS = {"run": ("--n_patches 20", 150), "one-minute": ("--preset one-minute", 75)}  # options, expected seconds

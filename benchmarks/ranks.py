@@ -20,10 +20,10 @@ import torch
 
 import main
 from benchmarks.common import ROOT, machine
-from experiment import build_encoder
 from infra import distributed, files
 from infra.device import generator, peak_memory, pick_precision
 from train import build_optimizer, build_step
+from weights import build_encoder
 
 SMALL = ("--arch resnet18-tiny --h_dim 64 --z_dim 16 --n_patches 4 --bs 16 --optimizer sgd --lr 1e-9 --precision fp32 "
          "--device cpu")  # fmt: skip

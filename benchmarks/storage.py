@@ -16,11 +16,12 @@ from torchvision import datasets, transforms
 
 import data
 from benchmarks.common import ROOT, machine, measured
-from experiment import Run, build_encoder
+from experiment import Run
 from hparams import Hparams
 from infra.device import generator, pick_device, pick_precision
 from infra.image_cache import ImageFile, batches
 from train import build_optimizer, build_step, report, restore, save_checkpoint
+from weights import build_encoder
 
 SIZE, N, BS = 256, 51_000, 100  # of the pass: pixels, images, images in a batch
 READING = {"arch": "resnet18-tiny", "input_size": 32, "n_patches": 2, "h_dim": 256, "z_dim": 64}  # the settings of the pass

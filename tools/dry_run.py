@@ -7,13 +7,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Images
-from experiment import build_encoder, n_steps_in
+from experiment import n_steps_in
 from hparams import to_yaml
 from infra import distributed
 from infra.console import log
 from infra.device import arithmetic, configure, generator, pick_device, pick_precision
 from infra.image_cache import on_device
 from train import build_optimizer, build_step, log_memory
+from weights import build_encoder
 
 
 def dry_run(hp, n_timed=3):

@@ -9,15 +9,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from backbones import stages_of
 from data import SUFFIXES, find_images, read_images
 from encode import encode_images
-from experiment import Run, build_encoder, check_changes, is_trained, position
+from experiment import Run, check_changes, is_trained, position
 from infra import files
 from infra.console import log
 from infra.device import configure, pick_device, pick_precision
 from infra.distributed import local_device, on_main_process, process_group
 from infra.errors import RunError, UsageError
-from model import BACKBONES, fold_batch_norm
+from model import fold_batch_norm
+from weights import build_encoder
 
 PACKAGES = {"torchvision": (), "safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript")}
 EXTENSIONS = {"torchvision": ".pt", "safetensors": ".safetensors", "onnx": ".onnx"}
@@ -61,30 +63,32 @@ def export_command(args):
         names = " ".join(PACKAGES[args.format])
         raise UsageError(f"--format {args.format} needs {names}: pip install {names}")
     hp, checkpoint, encoder = load_encoder(args.exp_dir)
-    description = describe(hp, checkpoint, args.head)
+    description = describe(hp, checkpoint, encoder, args.head)
     for path in write(args.format, network(encoder, args.head), description, Run(args.exp_dir).export):
         log.info(f"* Wrote {path}")
 
 
 def network(encoder, head):
-    """Return a copy of the backbone as a torchvision resnet, float32 on the CPU: (N, 3, S, S) -> (N, dim).
+    """Return a copy of the backbone, float32 on the CPU: (N, 3, S, S) -> (N, dim).
 
-    head: its last layer, fc, is the feature layer, nn.Sequential(Linear, BatchNorm1d, activation), so dim is h_dim; else fc
-    is the identity.
+    head: with the feature layer, nn.Sequential(Linear, BatchNorm1d, activation), so dim is h_dim. It is the layer fc of a resnet
+    of torchvision, whose fc is the identity otherwise; of a model of timm it is the second of two modules.
     """
     encoder = copy.deepcopy(encoder).cpu()
-    encoder.backbone.fc = encoder.features if head else nn.Identity()
-    return encoder.backbone
+    if stages_of(encoder.backbone):
+        encoder.backbone.fc = encoder.features if head else nn.Identity()
+        return encoder.backbone
+    return nn.Sequential(encoder.backbone, encoder.features) if head else encoder.backbone
 
 
-def describe(hp, checkpoint, head):
+def describe(hp, checkpoint, encoder, head):
     """Return what one must know to use the network, as a dict of plain values."""
     image_size = hp.image_size if hp.dataset == "folder" else 32
     epoch, step = position(checkpoint)
     return {
         "arch": hp.arch,
         "head": {"h_dim": hp.h_dim, "batch_norm": hp.batch_norm, "activation": hp.activation} if head else None,
-        "dim": hp.h_dim if head else BACKBONES[hp.arch][1],
+        "dim": hp.h_dim if head else encoder.features[0].in_features,
         "input_size": hp.input_size or image_size,
         "image_size": image_size,
         "normalisation": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},  # of pixels in [0, 1]: the network sees [-1, 1]
@@ -116,8 +120,9 @@ def write(kind, module, description, folder):
 
 def onnx_graph(module, size):
     """Return the bytes of an ONNX file: images float32 (N, 3, size, size) -> features (N, dim), for any N."""
+    module = fold_batch_norm(module) if stages_of(module) else copy.deepcopy(module).eval()
     program = torch.onnx.export(
-        fold_batch_norm(module).to(memory_format=torch.contiguous_format), (torch.zeros(2, 3, size, size),), dynamo=True,
+        module.to(memory_format=torch.contiguous_format), (torch.zeros(2, 3, size, size),), dynamo=True,
         input_names=["images"], output_names=["features"], dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False,
     )  # fmt: skip
     return program.model_proto.SerializeToString()

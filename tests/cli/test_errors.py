@@ -41,7 +41,7 @@ def test_a_wrong_value_of_an_option(name, value, tmp_path):
 
 
 def test_each_option_with_a_value_has_a_wrong_one():
-    free_text = {"pretrained_proj", "data_dir", "device", "labels"}  # whose errors are tested by themselves
+    free_text = {"pretrained_proj", "weights", "data_dir", "device", "labels"}  # whose errors are tested by themselves
     assert {name for name, _ in OPTIONS} | free_text == {param.name for param in SETTINGS.values() if param.type is not bool}
 
 

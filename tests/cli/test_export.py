@@ -11,10 +11,11 @@ import torchvision
 from helpers import RUN, edit, fingerprints, run
 from torch import nn
 
-from experiment import Run, build_encoder
+from experiment import Run
 from infra import files
 from infra.device import generator
 from tools import export
+from weights import build_encoder
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,16 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from model import BACKBONES, Conv3x3, Encoder, build_backbone, fold_batch_norm
+from backbones import BACKBONES, Conv3x3, build_backbone
+from infra.errors import UsageError
+from model import Encoder, fold_batch_norm
 
 
 @pytest.mark.parametrize("arch", BACKBONES)
 def test_shapes_and_unit_vectors(arch):
     encoder = Encoder(arch, h_dim=24, z_dim=12)
     backbone, feature_dim = build_backbone(arch)
-    assert feature_dim == {"resnet18-mini": 256, "resnet18-tiny": 128}.get(arch, 512)
+    assert feature_dim == {"resnet18-mini": 256, "resnet18-tiny": 128}.get(arch, 2048 if "50" in arch else 512)
     for size in (32, 48):
         x = torch.randn(3, 3, size, size)
         assert backbone(x).shape == (3, feature_dim)
@@ -97,7 +99,7 @@ def test_folding_batch_norm_changes_nothing_but_the_layers(arch):
 
 
 def test_wrong_names_are_refused():
-    with pytest.raises(ValueError, match="resnet50"):
+    with pytest.raises(UsageError, match="resnet50"):
         build_backbone("resnet50")
-    with pytest.raises(ValueError, match="gelu"):
+    with pytest.raises(UsageError, match="gelu"):
         Encoder("resnet18-tiny", 8, 8, activation="gelu")

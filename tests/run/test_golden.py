@@ -13,11 +13,11 @@ import pytest
 from helpers import pictures
 
 from encode import encode
-from experiment import build_encoder
 from hparams import Hparams
 from infra.device import generator
 from patches import Views
 from train import build_optimizer, build_step
+from weights import build_encoder
 
 GOLDEN = Path(__file__).with_name("golden.json")
 TOLERANCE = {"invariance": 2e-3, "uniformity": 2e-3, "gradient norm": 4e-2, "embeddings": 5e-3}  # twice what was seen

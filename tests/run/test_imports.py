@@ -7,7 +7,7 @@ from helpers import ROOT
 
 PROGRAM = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("infra/*.py")), *sorted(ROOT.glob("tools/*.py"))]
 TOP = {path.stem for path in ROOT.glob("*.py")}
-METHOD = ("loss", "lars", "model", "patches")
+METHOD = ("loss", "lars", "muon", "model", "patches", "backbones", "collapse")
 
 
 def imports(path):
@@ -34,8 +34,8 @@ def test_infra_imports_nothing_of_the_top_level():
 
 
 @pytest.mark.parametrize("name", METHOD)
-def test_the_method_imports_nothing_but_the_device(name):
-    assert of(name) <= {"infra.device"}
+def test_the_method_imports_nothing_but_the_device_and_itself(name):
+    assert of(name) <= {"infra.device", "infra.errors", *METHOD}
 
 
 def test_no_stage_imports_tools_and_nothing_imports_main_or_the_benchmarks():

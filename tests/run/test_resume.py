@@ -117,7 +117,7 @@ def test_an_encode_setting_encodes_and_probes_again(copy, change):
 
 def test_more_epochs_train_on_from_the_last_checkpoint(copy):
     old = {name: value for name, value in contents(copy).items() if name in ("checkpoints/0.pt", "checkpoints/1.pt")}
-    weights = contents(copy)["linear_accuracy.json"]["key"]["weights"]
+    weights = contents(copy)["linear_accuracy.json"]["key"]["encoder"]
     edit(copy, n_epochs=3)
     result = run("resume", "--exp_dir", copy)
     assert result.code == 0, result.err
@@ -127,7 +127,7 @@ def test_more_epochs_train_on_from_the_last_checkpoint(copy):
     new = contents(copy)
     assert {name: new[name] for name in old} == old
     assert helpers.step_of(copy / "checkpoints" / "last.pt") == 3 * 6
-    assert new["linear_accuracy.json"]["key"]["weights"] != weights
+    assert new["linear_accuracy.json"]["key"]["encoder"] != weights
 
 
 @pytest.mark.parametrize(

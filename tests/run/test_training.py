@@ -15,13 +15,14 @@ import data
 import encode
 import loss
 import train
-from experiment import Run, build_encoder
+from experiment import Run
 from hparams import Hparams
 from infra import device, files, image_cache
 from infra.device import generator
 from lars import LARS
 from model import Encoder
 from patches import Views, sample_patches
+from weights import build_encoder
 
 
 @pytest.mark.parametrize(
