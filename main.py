@@ -1,8 +1,6 @@
 """EMP-SSL: train an encoder without labels in about one pass over the data, encode the images, fit a linear probe."""
 
-import argparse
 import functools
-import re
 import shlex
 import sys
 from contextlib import nullcontext
@@ -15,12 +13,14 @@ if __name__ == "__main__":
 
 import torch
 
+import cli
 import collapse
+from cli import given_settings
 from data import Images, why_no_probe
 from encode import encode_split
 from evaluate import METRICS, fit_probe
 from experiment import Run, labels_checksum
-from hparams import PRESETS, SETTINGS, STAGES, from_dict, short
+from hparams import PRESETS, SETTINGS, from_dict, short
 from infra import distributed
 from infra.console import EVERY_PROCESS, PLAIN, log, log_stage, quiet_libraries
 from infra.device import arithmetic, configure, pick_device, pick_precision
@@ -140,58 +140,15 @@ def log_collapse(signs):
         log.info(f"                 {collapse.advice(signs)}")
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that raises UsageError, and does not exit."""
-
-    def error(self, message):
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
 def parse(argv):
-    """Return the arguments of a command line. args.command is the function to call, args.argv the command line."""
-    formatter = functools.partial(argparse.HelpFormatter, max_help_position=38, width=110)
-    make = functools.partial(Parser, formatter_class=formatter, allow_abbrev=False)
-    parser = make(prog="main.py", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="command", parser_class=make)
-    add_train(commands)
-    add_resume(commands)
-    for tool in (compare, report, export, cleanup):
-        tool.add_commands(commands)
-    for command in commands.choices.values():
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    argv = [canonical(arg) for arg in argv]
-    return parser.parse_args(argv, argparse.Namespace(argv=argv))
+    """Return the arguments of a command line. args.command is the function to call."""
+    return cli.parse(argv, __doc__, [add_commands, *(tool.add_commands for tool in (compare, report, export, cleanup))])
 
 
-def canonical(arg):
-    """Return --n-patches=3 as --n_patches=3, --no-batch-norm as --no-batch_norm, and other arguments unchanged."""
-    name, equals, value = arg.partition("=")
-    return "--" + re.sub("^no_", "no-", name[2:].replace("-", "_")) + equals + value if name.startswith("--") else arg
-
-
-def add_train(commands):
-    """Add the command train. Its options are the settings, and options that control the run."""
-    train = commands.add_parser("train", help="train, encode and probe; picks up where it stopped", description=(
-        "Train the encoder, encode the images, fit a linear probe. Given again, it goes on where it stopped."))  # fmt: skip
-    groups = {stage: train.add_argument_group(title) for stage, title in {"run": "experiment", **STAGES}.items()}
-    run = groups["run"]
-    run.add_argument("--exp_name", default="default", help="experiment name (default: default)")
-    run.add_argument("--log_folder", default="logs/EMP-SSL-Training", help="directory name (default: logs/EMP-SSL-Training)")
-    run.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
-                     help="continue the existing run (default), or move it aside and start over")  # fmt: skip
-    run.add_argument("--config_from", metavar="DIR", help="run folder whose hparams.yaml has the settings that are not given")
-    run.add_argument("--preset", choices=tuple(PRESETS), metavar="{" + ",".join(PRESETS) + "}",
-                     help="named set of settings, for those that are not given (see README)")  # fmt: skip
-    run.add_argument("--dry_run", action="store_true", help="show settings, size, memory and time of the run, and stop")
-    for name, setting in SETTINGS.items():
-        default = "" if setting.default is None else f" (default: {setting.default})"
-        kind = {"action": argparse.BooleanOptionalAction} if setting.type is bool else {
-            "type": setting.parse,
-            "metavar": "{" + ",".join(setting.choices) + "}" if setting.choices else setting.type.__name__.upper(),
-        }  # fmt: skip
-        names = [f"--{name}", "--patch_size"] if name == "input_size" else [f"--{name}"]  # both names are common
-        groups[setting.stage].add_argument(*names, default=argparse.SUPPRESS, help=setting.help + default, **kind)
-    train.set_defaults(command=train_command)
+def add_commands(commands):
+    """Add the commands train and resume."""
+    cli.add_train(commands).set_defaults(command=train_command)
+    cli.add_resume(commands).set_defaults(command=resume_command)
 
 
 def hyperparameters(args):
@@ -199,8 +156,8 @@ def hyperparameters(args):
     if args.config_from and args.preset:
         raise UsageError("--config_from and --preset exclude each other: each names what is not given")
     base = vars(Run(args.config_from).read_hparams()) if args.config_from else PRESETS.get(args.preset, {})
-    values = {name: getattr(args, name, base.get(name, setting.default)) for name, setting in SETTINGS.items()}
-    return from_dict(values, "command line")
+    defaults = {name: setting.default for name, setting in SETTINGS.items()}
+    return from_dict({**defaults, **base, **given_settings(args)}, "command line")
 
 
 def is_name(text):
@@ -216,7 +173,8 @@ def train_command(args):
         return
     if not is_name(args.exp_name):
         raise UsageError(f"exp_name {short(args.exp_name)} must be the name of one folder, of at most 150 bytes")
-    exp_dir = Path(args.log_folder) / f"{args.exp_name}__numpatch{hp.n_patches}_bs{hp.bs}_lr{hp.lr:g}"
+    seed = "" if hp.seed == SETTINGS["seed"].default else f"_seed{hp.seed}"
+    exp_dir = Path(args.log_folder) / f"{args.exp_name}__numpatch{hp.n_patches}_bs{hp.bs}_lr{hp.lr:g}{seed}"
     if args.config_from and exp_dir.resolve() == Path(args.config_from).resolve():
         raise UsageError(f"{exp_dir} is the run folder that --config_from names: give the new experiment an --exp_name")
     run = Run(exp_dir)
@@ -226,20 +184,14 @@ def train_command(args):
     run_experiment(hp, exp_dir, args.argv, start_over=not args.resume)
 
 
-def add_resume(commands):
-    """Add the command resume."""
-    resume = commands.add_parser("resume", help="go on with a run folder, also after hparams.yaml was edited",
-                                 description="Go on with a run folder, also after its hparams.yaml was edited.")  # fmt: skip
-    resume.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
-    resume.set_defaults(command=resume_command)
-
-
 def resume_command(args):
-    """Go on with a run folder by its hparams.yaml."""
-    run = Run(args.exp_dir)
+    """Go on with a run folder by its hparams.yaml, into which settings of the command line are written first."""
+    run, given = Run(args.exp_dir), given_settings(args)
     hp = run.read_hparams()
     log.info(f"* Loaded configuration settings from: {run.hparams_yaml}")
-    run_experiment(hp, args.exp_dir, args.argv, rewrite=False)  # the user may be editing hparams.yaml
+    if given:
+        hp = from_dict({**vars(hp), **given}, "command line")
+    run_experiment(hp, args.exp_dir, args.argv, rewrite=bool(given))  # else the user may be editing hparams.yaml
 
 
 if __name__ == "__main__":

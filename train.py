@@ -7,23 +7,21 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-import torchvision
-from PIL import Image
 
 from experiment import STATE, n_steps_in, position
-from infra import distributed, files
+from infra import distributed
 from infra.console import log, log_stage, progress_bar, time_left
 from infra.device import generator, peak_memory, step_memory, total_memory
 from infra.errors import RunError
 from infra.image_cache import batches, index_for, on_device
-from infra.metrics import read_png
 from infra.signals import Interrupted, hold_signals
 from loss import emp_ssl_loss
 from optimizers import build_optimizer, learning_rate, load_momenta
-from patches import batch_params, render, sample_patches
+from patches import batch_params, render
+from picture import draw_patches
 from quick import quick_evaluation
 
+SHOW_EVERY = 5.0  # seconds without a report after which the losses are shown all the same
 STEP_METRICS = ("invariance loss", "uniformity loss", "gradient norm")  # of each step, in this order
 REMEDY = "the last checkpoint is kept: lower lr (or set precision: fp32) in hparams.yaml, then resume"
 
@@ -43,6 +41,8 @@ class TrainState:
     saved_at: float = 0.0
     reported_at: float = 0.0
     n_timed: int = 0  # steps since reported_at
+    shown_at: float = 0.0
+    end_is_told: bool = False
 
     def state_dict(self):
         recent = torch.stack(self.recent).cpu() if self.recent else torch.zeros(0, 3)
@@ -146,7 +146,7 @@ def train(hp, run, encoder, images, bf16):
     log_stage("Training SSL encoder")
     device = next(encoder.parameters()).device
     pixels = on_device(images["train"].images, device)  # uint8 (N, 3, H, W)
-    draw_patches(hp, pixels[:8].to(device), run.patches)
+    draw_patches(hp, images["train"], run.patches)
     optimizer = build_optimizer(hp, encoder, bf16)
     state = restore(hp, run, optimizer, n_steps=len(pixels) // hp.bs, device=device)
     save = partial(save_checkpoint, hp, run, images.fingerprints, encoder, optimizer, state)
@@ -157,7 +157,7 @@ def train(hp, run, encoder, images, bf16):
     encoder.train()
     network = distributed.data_parallel(encoder, device)  # it shares the encoder's weights
     step = build_step(hp, torch.compile(network) if hp.compile else network, optimizer, bf16)
-    with hold_signals() as signals:
+    with hold_signals(partial(log.info, "* Stopping at the end of this step; a second signal leaves at once")) as signals:
 
         def after_step(epoch, epoch_is_over):
             if hp.eval_freq and state.step % hp.eval_freq == 0:
@@ -193,6 +193,8 @@ def train_epoch(hp, run, state, pixels, optimizer, step, after_step):
         state.add(step(batch, generator(hp.seed, "patches", epoch, i)))
         if (i + 1) % hp.print_freq == 0 or i + 1 == last:
             report(hp, run, state, epoch, lr, bar)
+        elif time.monotonic() - state.shown_at > SHOW_EVERY:
+            show(hp, state, epoch, lr, bar)
         after_step(epoch, epoch_is_over=i + 1 == last)
     invariance, uniformity, _ = (state.totals / state.n_totals).tolist()
     log.info(f"Epoch: {epoch} | Loss sim: {invariance:.5f} | Loss {hp.uniformity_loss.upper()}: {uniformity:.5f}")
@@ -209,13 +211,38 @@ def report(hp, run, state, epoch, lr, bar):
     now, patches_per_step = time.monotonic(), hp.n_patches * hp.bs
     speed = state.n_timed * patches_per_step / (now - state.reported_at)
     state.n_timed, state.reported_at = 0, now
+    state.shown_at = now
     place = state.place(epoch)
     run.journal.add(**place, loss_sim=invariance, loss_uniformity=uniformity, grad_norm=grad_norm, lr=lr,
                     patches_per_second=round(speed, 1))  # fmt: skip
-    text = f"sim {invariance:.4f} uniformity {uniformity:.3f} lr {lr:.4f} {speed:,.0f} patches/s"
+    print_step(bar, epoch, place["step"], rows.mean(0), lr, speed / patches_per_step, patches_per_step)
+
+
+def show(hp, state, epoch, lr, bar):
+    """Print the mean of STEP_METRICS since the last report, between two reports of a slow machine; nothing is recorded. At the
+    first time, also print when training will end."""
+    now, patches_per_step = time.monotonic(), hp.n_patches * hp.bs
+    rate = state.n_timed / (now - state.reported_at)  # steps per second
+    state.shown_at = now
+    print_step(bar, epoch, state.place(epoch)["step"], torch.stack(state.recent).mean(0).cpu(), lr, rate, patches_per_step)
+    if not state.end_is_told:
+        state.end_is_told = True
+        tell_end((n_steps_in(hp.n_epochs, state.n_steps) - state.step) / rate, state.recent[0].device)
+
+
+def tell_end(seconds, device):
+    """Print how long training will take, and on a CPU, if that is over an hour, what would be quicker."""
+    log.info(f"* Training will take about {time_left(seconds, 1)} from here on")
+    if device.type == "cpu" and seconds > 3600:
+        log.info("* Quicker on a CPU: --preset laptop, or fewer images by --n_images")
+
+
+def print_step(bar, epoch, step, means, lr, rate, patches_per_step):
+    """Print the means of STEP_METRICS (3,), beside the bar or as a line. rate: steps per second."""
+    invariance, uniformity, _ = means.tolist()
+    text = f"sim {invariance:.4f} uniformity {uniformity:.3f} lr {lr:.4f} {rate * patches_per_step:,.0f} patches/s"
     if bar.disable:
-        left = time_left((bar.total - place["step"]) * patches_per_step, speed)
-        log.info(f"epoch {epoch} step {place['step']}/{bar.total} | {text}, {left} left")
+        log.info(f"epoch {epoch} step {step}/{bar.total} | {text}, {time_left(bar.total - step, rate)} left")
     else:
         bar.set_postfix_str(text)
 
@@ -246,7 +273,7 @@ def restore(hp, run, optimizer, n_steps, device):
     run.journal.begin("training", checkpoint["metrics_bytes"] if checkpoint else 0)
     for name, (old, new) in run.changed.items():
         run.journal.add(event="changed", **state.place(state.position[0]), name=name, old=old, new=new)
-    state.resumed_at = state.saved_at = state.reported_at = time.monotonic()
+    state.resumed_at = state.saved_at = state.reported_at = state.shown_at = time.monotonic()
     return state
 
 
@@ -283,18 +310,3 @@ def log_memory(hp, encoder, pixels, bf16):
     log.info(f"* Memory: about {need / 1e9:.1f} GB for a step of {n} patches{text}; {there / 1e9:.1f} GB are there")
     if need > there:
         log.warning("that is more than there is: lower bs, n_patches or max_patches, or take precision bf16")
-
-
-@distributed.on_main_process
-def draw_patches(hp, images, path):
-    """Write a picture unless it exists: one row for each image of (n, 3, H, W), with up to 20 of its patches."""
-    if read_png(path):
-        return
-    size, n = hp.input_size or images.shape[-1], min(hp.n_patches, 20)
-    x = sample_patches(images, n, generator(hp.seed, "picture"), size, augment=hp.augment)  # (P, n, 3, size, size)
-    whole = F.interpolate(images.cpu().float() / 255, size=(size, size), mode="bilinear", antialias=True)  # missing on mps
-    rows = torch.cat([whole[None], (x.cpu() + 1) / 2]).transpose(0, 1).flatten(0, 1)  # (n (1 + P), 3, size, size)
-    grid = torchvision.utils.make_grid(rows, nrow=n + 1, pad_value=1.0)
-    picture = Image.fromarray(grid.mul(255).round().byte().permute(1, 2, 0).numpy())
-    with files.atomic_write(path) as file:
-        picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(file, "PNG")

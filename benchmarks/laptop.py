@@ -79,7 +79,7 @@ def figure():
     axes.set_title(f"CIFAR-10 on {machine['cores']} cores, {machine['processor']}, {machine['precision']}", fontsize=10)
     axes.set_xticks(TICKS, TICKS)
     axes.minorticks_off()
-    axes.set_xlim(20, 4000)
+    axes.set_xlim(14, 4000)
     axes.grid(alpha=0.3)
     axes.legend()
     return made

@@ -34,7 +34,8 @@ class ConsoleHandler(logging.Handler):
         prefix = getattr(record, "prefix", PREFIX.get(record.levelno, ""))
         if record.levelno == logging.ERROR:
             prefix = paint("error:", "31", stream) + " "
-        print(prefix + record.getMessage(), file=stream, flush=True)
+        with tqdm.external_write_mode(file=stream):  # a bar that is shown moves below the line
+            print(prefix + record.getMessage(), file=stream, flush=True)
 
 
 def rank_filter(record):

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM can be told to send SIGUSR1 before a job's time is over
 
@@ -50,11 +50,44 @@ def raise_signals():
 
 
 @contextmanager
-def hold_signals():
-    """Yield a list. The first signal is appended to it; a second one ends the process at once."""
+def hold_signals(acknowledge=None):
+    """Yield a list. The first signal is appended to it; a second one ends the process at once.
+
+    acknowledge: a function that a thread calls at the first signal. With it, both hold also while the main thread is in a long
+    call, such as a backward pass, during which Python runs no handlers. Not for a block that forks.
+    """
     noted = []
-    with handling(lambda signum, frame: note(noted, signum)):
+    with handling(lambda signum, frame: note(noted, signum)), answered(acknowledge) if acknowledge else nullcontext():
         yield noted
+
+
+@contextmanager
+def answered(acknowledge):
+    """Within the block, a thread calls acknowledge() at the first of STOPPING, and ends the process at the second."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+
+    def look():
+        n = 0
+        while numbers := os.read(read_end, 64):  # what the interpreter writes as a signal arrives; b"" at the end
+            for signum in set(numbers) & set(STOPPING):
+                n += numbers.count(signum)
+                if n > 1:
+                    os._exit(128 + signum)
+                acknowledge()
+
+    thread, old = threading.Thread(target=look, daemon=True), signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(old)
+        os.close(write_end)
+        thread.join()
+        os.close(read_end)
 
 
 def note(noted, signum):

@@ -11,8 +11,9 @@ def add_commands(commands):
     """Add the command cleanup."""
     parser = commands.add_parser("cleanup", help="remove old checkpoints", description=(
         "Remove the older epoch checkpoints of every experiment in a folder; the newest always stays."))  # fmt: skip
-    parser.add_argument("--log_folder", required=True, type=Path, help="folder of run folders")
-    parser.add_argument("--keep", required=True, type=int, metavar="N", help="epoch checkpoints to keep of each, at least 1")
+    parser.add_argument("--log_folder", default=Path("logs/EMP-SSL-Training"), type=Path,
+                        help="folder of run folders (default: logs/EMP-SSL-Training)")  # fmt: skip
+    parser.add_argument("--keep", default=2, type=int, metavar="N", help="epoch checkpoints to keep of each (default: 2)")
     parser.add_argument("-y", dest="yes", action="store_true", help="do not ask")
     parser.set_defaults(command=cleanup_command)
 

@@ -157,3 +157,45 @@ def test_labels_from_a_csv_file(tiny, images, finished, tmp_path):
         assert (result.code, words in result.err) == (2, True), result.err
     file.unlink()
     assert "can't be read" in run(*tiny, "--data_dir", tmp_path / "data", "--labels", file, "--log_folder", tmp_path / "no").err
+
+
+def test_resume_takes_settings_by_the_rules_of_an_edit(copy):
+    before = fingerprints(copy)
+    result = run("resume", "--exp_dir", copy, "--n_eval_epochs", "4", "--eval-lr=0.1")
+    assert result.code == 0 and "Training SSL" not in result.out and "Encoding" not in result.out
+    hp = Run(copy).read_hparams()
+    assert (hp.n_eval_epochs, hp.eval_lr) == (4, 0.1)
+    assert len(contents(copy)["linear_accuracy.json"]["per_epoch"]) == 4
+    again = fingerprints(copy)
+    for options in (["--h_dim", "9"], ["--seed", "1"], ["--n_epochs", "-1"], ["--lr", "0.5"]):
+        result = run("resume", "--exp_dir", copy, *options)
+        assert result.code == 2 and options[0][2:] in result.err
+        assert again == fingerprints(copy) != before
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        ("train --batch_size 3", "--bs"),
+        ("train --n_epoch 3", "--n_epochs"),
+        ("train --no-batchnorm", "--no-batch_norm"),
+        ("train --learning-rate=3", "--lr"),
+        ("cleanup --keeps 3", "--keep"),
+    ],
+)
+def test_a_near_miss_of_an_option_is_named(argv, meant):
+    result = run(*argv.split())
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert f"did you mean {meant}? (see main.py {argv.split()[0]} --help)" in result.err
+
+
+def test_version_and_help_alone():
+    assert run("--version").out.startswith("EMP-SSL, commit ")
+    alone, asked = run(), run("--help")
+    assert (alone.code, alone.out) == (0, asked.out)
+
+
+def test_the_seed_is_in_the_name_of_the_folder(tiny, tmp_path):
+    for seed in (42, 43):
+        assert run(*tiny, "--n_epochs", "0", "--seed", seed, "--log_folder", tmp_path).code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {RUN, f"{RUN}_seed43"}

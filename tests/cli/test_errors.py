@@ -45,7 +45,7 @@ def test_each_option_with_a_value_has_a_wrong_one():
     assert {name for name, _ in OPTIONS} | free_text == {param.name for param in SETTINGS.values() if param.type is not bool}
 
 
-@pytest.mark.parametrize("argv", ["", "fly", "train --patches 3", "train --lr", "resume", "cleanup --keep 1"])
+@pytest.mark.parametrize("argv", ["fly", "train --patches 3", "train --lr", "resume", "report"])
 def test_wrong_usage(argv):
     assert refused(run(*argv.split()), 2, "--help")
 

@@ -104,3 +104,23 @@ def test_a_signal_while_processes_are_forked_to_decode(tiny, tmp_path, monkeypat
     sent.append(1)  # the hook stays, and does nothing from here on
     assert (result.code, result.err) == (143, "stopped\n") and len(sent) == 2
     assert not (tmp_path / "logs" / RUN / "checkpoints").exists()
+
+
+BUSY = """
+import hashlib
+from infra.signals import hold_signals
+with hold_signals(lambda: print("stopping", flush=True)):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2 * 10**9)  # one call of C code, for minutes
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_answered_during_a_long_call(signum):
+    process = subprocess.Popen([sys.executable, "-c", BUSY], cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signum)
+        assert process.stdout.readline() == "stopping\n"
+        process.send_signal(signum)
+        assert process.wait(timeout=120) == 128 + signum

@@ -115,7 +115,7 @@ def test_a_run_that_starts_from_the_export_or_the_checkpoint_of_another(tiny, fi
         result = run(*tiny, "--weights", path, "--n_epochs", "0", "--seed", "7", "--log_folder", tmp_path / str(i))
         assert result.code == 0, result.err
         assert "tensors of the backbone are from" in result.out and "random" not in result.out
-        ours = files.load(tmp_path / str(i) / RUN / "checkpoints" / "last.pt")["encoder"]
+        ours = files.load(tmp_path / str(i) / f"{RUN}_seed7" / "checkpoints" / "last.pt")["encoder"]
         assert all(torch.equal(ours[name], theirs[name]) == name.startswith("backbone.") for name in ours if "weight" in name and
                    ours[name].ndim > 1)  # fmt: skip
     result = run(*tiny, "--weights", tmp_path / "none", "--log_folder", tmp_path / "none")

@@ -16,6 +16,7 @@ from PIL import Image
 
 from experiment import Run
 from infra import files
+from picture import HEADER
 
 
 def test_three_stages_from_the_shell(tiny, finished, tmp_path):
@@ -45,7 +46,8 @@ def test_the_report_tells_what_the_files_hold(finished):
     assert re.search(rf"top-1 {result['best_top1']:.2f}%  best epoch", out)
     assert re.search(rf"20-NN +top-1 {result['knn_top1']:.2f}%", out)
     assert str(finished) in out
-    assert Image.open(finished / "patches.png").size == (2 * (3 * 18 + 2), 2 * (8 * 18 + 2))  # 8 rows: image, 2 patches
+    image, patches = 2 * (18 + 2), 2 * (2 * 18 + 2)  # 8 rows: image, gap, 2 patches
+    assert Image.open(finished / "patches.png").size == (image + image // 3 + patches, 2 * (8 * 18 + 2) + HEADER)
 
 
 def test_metrics_and_rate(finished):

@@ -172,7 +172,7 @@ def test_evaluations_on_the_way_change_nothing_else(tiny, finished, tmp_path):
 def test_pretrained_projection_is_loaded_and_frozen(tiny, finished, tmp_path):
     source = finished / "checkpoints" / "0.pt"
     trained_with("--pretrained_proj", source, "--seed", "1", tiny=tiny, tmp_path=tmp_path)
-    theirs, ours = (files.load(path)["encoder"] for path in (source, tmp_path / RUN / "checkpoints" / "last.pt"))
+    theirs, ours = (files.load(path)["encoder"] for path in (source, tmp_path / f"{RUN}_seed1" / "checkpoints" / "last.pt"))
     for name in theirs:
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             assert torch.equal(theirs[name], ours[name]) == name.startswith("projection."), name
@@ -220,3 +220,18 @@ def test_no_float64_in_a_training_step_or_the_encoding(finished):
             step_hp = replace(hp, uniformity_loss=losses)
             train.build_step(step_hp, encoder, train.build_optimizer(hp, encoder), bf16=False)(images, generator(0, "t"))
         encode.encode(encoder, images, Views(2), partial(generator, 0, "t"))
+
+
+def test_a_slow_machine_shows_losses_between_the_reports_and_records_nothing_more(tiny, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SHOW_EVERY", -1.0)
+    result = trained_with(tiny=tiny, tmp_path=tmp_path)
+    assert len(re.findall(r"^epoch \d step \d/6 \| sim -?\d\.\d{4} uniformity ", result.out, re.M)) == 12
+    assert len(re.findall(r"^\* Training will take about \d\d:\d\d from here on$", result.out, re.M)) == 1
+    assert contents(tmp_path / RUN) == contents(finished)
+
+
+def test_a_long_training_on_a_cpu_is_told_what_is_quicker(caplog):
+    for seconds, name, told in ((3601, "cpu", True), (3599, "cpu", False), (10**6, "cuda", False)):
+        caplog.clear()
+        train.tell_end(seconds, torch.device(name))
+        assert ("--preset laptop" in caplog.text) == told
