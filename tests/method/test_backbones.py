@@ -29,7 +29,7 @@ def test_resnets_equal_torchvisions(name):
     ours, dim = build_backbone(f"{name}-imagenet")
     assert dim == ours.eval()(X).shape[1] == stage_means(ours, X).shape[1] - stage_dim(ours) + dim
     ours.load_state_dict(theirs.state_dict())
-    torch.testing.assert_close(ours(X), theirs.eval()(X), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours(X), theirs.eval()(X), rtol=1e-3, atol=1e-4)
     assert any(isinstance(module, Conv3x3) for module in ours.modules())
     theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     ours, _ = build_backbone(f"{name}-cifar")
