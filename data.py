@@ -1,7 +1,5 @@
 """Data sets as uint8 tensors: CIFAR-10 and CIFAR-100, folders of images, textures."""
 
-import csv
-import os
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +8,7 @@ import torch
 import torchvision
 
 import textures
+from folders import class_folders, find_images, labels_from_file, log_folder, split_folders
 from infra import image_cache
 from infra.console import log
 from infra.device import generator
@@ -17,8 +16,6 @@ from infra.distributed import main_process_first
 from infra.errors import RunError, UsageError
 from infra.files import checksum
 from infra.image_cache import ImageFile, subset
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 class ImageSet(NamedTuple):
@@ -29,12 +26,20 @@ class ImageSet(NamedTuple):
     class_names: list
 
 
+class Split(NamedTuple):
+    """A split of a run, and what its rows are."""
+
+    image_set: ImageSet
+    rows: list | torch.Tensor | None  # folder: paths relative to data_dir; else indices in the data set, None if it is whole
+
+
 def load_images(name, root, train, image_size=32, labels=None):
     """Return one split of a data set as an ImageSet, or None for the test split of a `folder` without one.
 
     name: a key of DATASETS. root: the folder with the files; cifar10 and cifar100 are downloaded into it once. image_size,
     the height and width in pixels, and labels, a CSV file (see read_labels), are for `folder` only.
-    Raises UsageError if the data is not there or image_size does not fit, RunError if more than 1 image in 100 is unreadable.
+    Raises UsageError if the data is not there or image_size does not fit, RunError if too many images are unreadable (see
+    read_images).
     """
     if name not in DATASETS:
         raise UsageError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
@@ -81,25 +86,25 @@ def load_cifar(root, train, name):
 
 
 def load_folder(root, train, image_size=32, labels=None):
-    """Return the images below `root`: train/<class>/* and test/<class>/*, or any tree of images without labels.
+    """Return the images below `root` as read_folder does, without their paths."""
+    split = read_folder(root, train, image_size, labels)
+    return split and split.image_set
 
-    Without train/, all images below root are the training split. The class folders are the classes, unless `labels` is given
-    (see read_labels). There are no labels if there are fewer than two class folders, or images beside them. Files that can't
-    be read are left out, with a warning.
+
+def read_folder(root, train, image_size=32, labels=None):
+    """Return the images below `root` as a Split: train/<class>/* and test/<class>/*, or any tree of images without labels.
+
+    Without train/, all images below root are the training split. Without test/, val/ is the test split; without both it is
+    None. The class folders are the classes, unless `labels` is given (see read_labels). There are no labels if there are fewer
+    than two class folders, or images beside them. Files that can't be read are left out, with a warning.
     """
-    if not root.is_dir():
-        raise UsageError(f"data_dir {root} is not a folder")
-    has_splits = (root / "train").is_dir()
-    train_root = root / "train" if has_splits else root
-    folder = train_root if train else root / "test"
-    if not train and not (has_splits and folder.is_dir()):
+    train_root, test_root = split_folders(root)
+    folder = train_root if train else test_root
+    if folder is None:
         return None
-
     paths = find_images(folder)
-    if not paths:
-        raise UsageError(f"no images in {folder} (looked for {' '.join(sorted(SUFFIXES))} in all its folders)")
     names = {path: path.relative_to(folder).parts[0] for path in paths}
-    class_names = find_classes(train_root) if has_splits else []
+    class_names = [] if train_root == root else class_folders(paths if train else find_images(train_root), train_root)
     if labels:
         names, class_names = labels_from_file(labels, paths, root)
     unknown = sorted(set(names.values()) - set(class_names))
@@ -107,9 +112,11 @@ def load_folder(root, train, image_size=32, labels=None):
         raise UsageError(f"{folder / unknown[0]} is not one of the {len(class_names)} class folders of {train_root}")
 
     images, readable = read_images(paths, folder, image_size)
+    rows = [str(paths[i].relative_to(root)) for i in readable.tolist()]
     if not class_names:
-        return ImageSet(images, None, [])
-    return ImageSet(images, torch.tensor([class_names.index(names[path]) for path in paths])[readable], class_names)
+        return Split(ImageSet(images, None, []), rows)
+    labels = torch.tensor([class_names.index(names[path]) for path in paths])[readable]
+    return Split(ImageSet(images, labels, class_names), rows)
 
 
 # name: function of (root, train) that returns an ImageSet
@@ -121,87 +128,17 @@ DATASETS = {
 }
 
 
-def find_images(folder):
-    """Return the paths of all images below the folder, sorted. Links to folders are not followed.
-
-    Raises UsageError if one of its folders can't be read.
-    """
-
-    def fail(error):
-        raise UsageError(f"{error.filename} can't be read: {error.strerror}")
-
-    walk = ((Path(directory), names) for directory, _, names in os.walk(folder, onerror=fail))
-    return sorted(directory / name for directory, names in walk for name in names if Path(name).suffix.lower() in SUFFIXES)
-
-
-def find_classes(folder):
-    """Return the names of the folders that hold images, sorted; [] if they are fewer than two or images lie beside them.
-
-    Raises UsageError if a name is not UTF-8.
-    """
-    names = {path.relative_to(folder).parts[0] for path in find_images(folder)}
-    for name in names:
-        if not is_utf8(name):
-            raise UsageError(f"the name of the class folder {folder / name} is not UTF-8: rename it")
-    return sorted(names) if len(names) > 1 and all((folder / name).is_dir() for name in names) else []
-
-
-def is_utf8(name):
-    """Whether a name of a file is UTF-8; Python keeps the bytes of others as surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def read_labels(file):
-    """Return {path: label} of a CSV file with a line path,label for each image, where paths are relative to data_dir.
-
-    A first line whose path is not that of an image is a header and skipped. Raises UsageError if the file can't be read, a line
-    does not have two columns, or two lines contradict each other.
-    """
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as lines:  # -sig: spreadsheets put a byte-order mark at the start
-            rows = [row for row in csv.reader(lines) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"labels {file} can't be read: {error}") from None
-    labels = {}
-    for number, row in enumerate(rows, 1):
-        if len(row) != 2:
-            raise UsageError(f"labels {file}: row {number} has {len(row)} columns, not path,label")
-        path, label = os.path.normpath(row[0]), row[1]
-        if number == 1 and Path(path).suffix.lower() not in SUFFIXES:
-            continue
-        if labels.setdefault(path, label) != label:
-            raise UsageError(f"labels {file}: row {number} gives {path} the label {label!r}, an earlier one {labels[path]!r}")
-    return labels
-
-
-def labels_from_file(file, paths, root):
-    """Return {path: class name} and the sorted class names. Raises UsageError if a path has no label or there is one class.
-
-    Lines of images that do not exist are left out, with a warning.
-    """
-    labels = read_labels(file)
-    missing = [path for path in paths if str(path.relative_to(root)) not in labels]
-    if missing:
-        raise UsageError(f"labels {file}: {missing[0]} and {len(missing) - 1} more have no label")
-    surplus = [path for path in labels if not (root / path).is_file()]
-    if surplus:
-        log.warning(f"labels {file}: left out {len(surplus)} lines of images that are not in {root}, such as {surplus[0]}")
-    class_names = sorted({labels[path] for path in labels.keys() - surplus})
-    if len(class_names) < 2:
-        raise UsageError(f"labels {file}: there are fewer than two labels")
-    return {path: labels[str(path.relative_to(root))] for path in paths}, class_names
-
-
 def read_images(paths, folder, image_size):
     """Return (images, readable): uint8 (M, 3, image_size, image_size), and the M indices into paths of the readable files.
 
-    The others are named in a warning. Raises RunError if they are more than 1 in 100.
+    The others are named in a warning. Raises RunError if they are more than one and more than 1 in 100, or half of all.
     """
     decode = partial(image_cache.decode_once, folder=folder) if len(paths) >= image_cache.MANY else image_cache.decode_in_memory
     content = decode(paths, image_size=image_size)
     bad = content["failures"]
-    if len(bad) > len(paths) / 100:
-        raise RunError(f"{len(bad)} of {len(paths)} images in {folder} can't be read, more than 1 in 100: {', '.join(bad[:5])}")
+    if len(bad) > max(1, len(paths) / 100) or 2 * len(bad) >= len(paths):
+        raise RunError(f"{len(bad)} of {len(paths)} images in {folder} can't be read, too many to leave out (1, or 1 in 100): "
+                       f"{', '.join(bad[:5])}")  # fmt: skip
     if bad:
         log.warning(f"left out {len(bad)} of {len(paths)} images that can't be read: {', '.join(bad)}")
     return content["images"], content["readable"]
@@ -236,7 +173,14 @@ class Images:
         self.hp, self.expected = hp, expected
 
     def __getitem__(self, split):
-        return self.loaded[0][split]
+        found = self.loaded[0][split]
+        return found and found.image_set
+
+    def rows(self, split):
+        """Return what the rows of a split are: {"paths": a list of str, relative to data_dir} of a folder, else {"indices":
+        int64 (N,), in the data set} of a part of it, {} of all."""
+        rows = self.loaded[0][split].rows
+        return {} if rows is None else {"paths" if isinstance(rows, list) else "indices": rows}
 
     @property
     def fingerprints(self):
@@ -247,7 +191,10 @@ class Images:
     def loaded(self):
         hp = self.hp
         log.info(f"* Loading {hp.dataset}")
-        train_set, test_set = load_splits(hp)
+        # Earlier versions took no other images in the place of test/: a run that they trained goes on without test images.
+        stand_in = not self.expected or self.expected["test"] is not None
+        splits = load_splits(hp, stand_in)
+        train_set, test_set = (split and split.image_set for split in splits)
         class_names, n_test = train_set.class_names, len(test_set.images) if test_set else 0
         found = {"train": fingerprint(train_set), "test": test_set and fingerprint(test_set), "class_names": class_names}
         if self.expected not in (None, found):
@@ -255,24 +202,76 @@ class Images:
                              f"another version of Pillow decodes them otherwise, or its checkpoints are another run's): bring "
                              f"them back, or train under a new --exp_name")  # fmt: skip
         log.info(f"* Images: {len(train_set.images)} train, {n_test} test, {len(class_names)} classes")
-        return {"train": train_set, "test": test_set}, found
+        missing = why_no_probe(class_names, test_set)
+        if missing:
+            log.info(f"* There will be no linear probe: {missing}")
+        return dict(zip(("train", "test"), splits, strict=True)), found
 
 
-def load_splits(hp):
-    """Return the training and test ImageSet of a run. Raises UsageError if they do not fit its settings."""
-    train_set, test_set = (load_images(hp.dataset, hp.data_dir, train, hp.image_size, hp.labels) for train in (True, False))
+def load_splits(hp, stand_in=True):
+    """Return the training and the test Split of a run. Raises UsageError if they do not fit its settings.
+
+    stand_in: val/, or else a part of the labelled training images, stands in for a missing test split.
+    """
+    if hp.dataset == "folder":
+        log_folder(Path(hp.data_dir), hp.labels)
+    train, test = load_split(hp, True), load_split(hp, False)
+    is_val = test is not None and hp.dataset == "folder" and not Path(hp.data_dir, "test").is_dir()
+    if is_val and not stand_in:
+        test = None
+    elif is_val:
+        log.info("* No test/ folder: val/ is the test split")
+    elif stand_in and test is None and train.image_set.labels is not None:
+        train, test = hold_out(train, generator(hp.seed, "held-out test"))
     if hp.n_images:
-        train_set = subset_of(train_set, hp.n_images, generator(hp.seed, "subset"))
-    if hp.n_epochs > 0 and len(train_set.images) < hp.bs:
-        raise UsageError(f"bs {hp.bs} is more than the {len(train_set.images)} training images: lower bs")
-    return train_set, test_set
+        labels, n = train.image_set.labels, len(train.image_set.images)
+        train = select(train, balanced_subset(labels, n, hp.n_images, generator(hp.seed, "subset")))
+    n = len(train.image_set.images)
+    if hp.n_epochs > 0 and n < hp.bs:
+        raise UsageError(f"bs {hp.bs} is more than the {n} training images: lower bs")
+    return train, test
+
+
+def load_split(hp, train):
+    """Return the training or the test Split of a run, None for a test split that is not there."""
+    if hp.dataset == "folder":
+        return read_folder(Path(hp.data_dir), train, hp.image_size, hp.labels)
+    image_set = load_images(hp.dataset, hp.data_dir, train, hp.image_size, hp.labels)
+    return image_set and Split(image_set, None)
+
+
+def hold_out(split, generator):
+    """Return (rest, held out), two parts of a labelled Split: of each class a random tenth of the images is held out, at least
+    one, and none of a class of one image. The second is None if there are no others."""
+    labels = split.image_set.labels
+    is_held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        n = min(max(1, len(members) // 10), len(members) - 1)
+        is_held[members[torch.randperm(len(members), generator=generator)[:n]]] = True
+    if not is_held.any():
+        return split, None
+    log.info(f"* No test/ folder: a tenth of the images of each class, at least one, is held out for the linear probe: "
+             f"{int(is_held.sum())} of {len(labels)}")  # fmt: skip
+    return select(split, (~is_held).nonzero().flatten()), select(split, is_held.nonzero().flatten())
+
+
+def select(split, index):
+    """Return the part of a Split with these indices, int64 (n,)."""
+    image_set, rows = split
+    chosen = [rows[i] for i in index.tolist()] if isinstance(rows, list) else index if rows is None else rows[index]
+    return Split(subset_at(image_set, index), chosen)
+
+
+def subset_at(image_set, index):
+    """Return the images of an ImageSet with these indices, int64 (n,)."""
+    labels = None if image_set.labels is None else image_set.labels[index]
+    return image_set._replace(images=subset(image_set.images, index), labels=labels)
 
 
 def subset_of(image_set, n, generator):
     """Return a class-balanced random subset of n images of an ImageSet."""
-    index = balanced_subset(image_set.labels, len(image_set.images), n, generator)
-    labels = None if image_set.labels is None else image_set.labels[index]
-    return image_set._replace(images=subset(image_set.images, index), labels=labels)
+    return subset_at(image_set, balanced_subset(image_set.labels, len(image_set.images), n, generator))
 
 
 def fingerprint(image_set):

@@ -108,7 +108,7 @@ def encode_images(hp, encoder, images, purpose, bf16, save_proj=False):
 
 
 def encode_split(hp, run, encoder, images, split, bf16):
-    """Stage 2, of one split: return what artifacts/<split>.pt holds, embeddings and labels.
+    """Stage 2, of one split: return what artifacts/<split>.pt holds: embeddings, labels, and what the rows are (Images.rows).
 
     Raises RunError if an embedding is not finite, or if save_proj needs more disk than is free.
     """
@@ -133,6 +133,7 @@ def encode_split(hp, run, encoder, images, split, bf16):
     encoded["seconds"] = time.monotonic() - start
     if image_set.labels is not None:
         encoded["labels"] = image_set.labels
+    encoded |= images.rows(split)
     if split == "test" and run.journal.board:
         show_embeddings(run.journal.board, encoded["embeddings"], image_set, hp.seed)
     return encoded

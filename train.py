@@ -9,9 +9,10 @@ from functools import partial
 import torch
 
 from experiment import STATE, n_steps_in, position
+from forecast import log_memory, tell_end, warn_of_few_steps
 from infra import distributed
 from infra.console import log, log_stage, progress_bar, time_left
-from infra.device import generator, peak_memory, step_memory, total_memory
+from infra.device import generator, peak_memory
 from infra.errors import RunError
 from infra.image_cache import batches, index_for, on_device
 from infra.signals import Interrupted, hold_signals
@@ -151,6 +152,7 @@ def train(hp, run, encoder, images, bf16):
     state = restore(hp, run, optimizer, n_steps=len(pixels) // hp.bs, device=device)
     save = partial(save_checkpoint, hp, run, images.fingerprints, encoder, optimizer, state)
     if not run.checkpoint:
+        warn_of_few_steps(hp, len(pixels))
         save()  # fail now if the folder is not writable
     log_memory(hp, encoder, pixels, bf16)
 
@@ -230,13 +232,6 @@ def show(hp, state, epoch, lr, bar):
         tell_end((n_steps_in(hp.n_epochs, state.n_steps) - state.step) / rate, state.recent[0].device)
 
 
-def tell_end(seconds, device):
-    """Print how long training will take, and on a CPU, if that is over an hour, what would be quicker."""
-    log.info(f"* Training will take about {time_left(seconds, 1)} from here on")
-    if device.type == "cpu" and seconds > 3600:
-        log.info("* Quicker on a CPU: --preset laptop, or fewer images by --n_images")
-
-
 def print_step(bar, epoch, step, means, lr, rate, patches_per_step):
     """Print the means of STEP_METRICS (3,), beside the bar or as a line. rate: steps per second."""
     invariance, uniformity, _ = means.tolist()
@@ -298,15 +293,3 @@ def check_finite(state):
             if not math.isfinite(value):
                 epoch, step = divmod(state.step - len(state.recent) + i, state.n_steps)
                 raise RunError(f"epoch {epoch} step {step}: the {name} is {value}; {REMEDY}")
-
-
-def log_memory(hp, encoder, pixels, bf16):
-    """Print how much memory a training step will take and how much there is, with a warning if that is less."""
-    n, device = hp.n_patches * distributed.shard_size(hp.bs), next(encoder.parameters()).device
-    n = min(n, hp.max_patches or n)
-    step, beside = step_memory(encoder, n, hp.input_size or pixels.shape[-1], bf16)
-    need, there = step + beside + getattr(pixels, "nbytes", 0), total_memory(device)
-    text = f", of which {beside / 1e9:.1f} GB are for kernels" if beside else ""
-    log.info(f"* Memory: about {need / 1e9:.1f} GB for a step of {n} patches{text}; {there / 1e9:.1f} GB are there")
-    if need > there:
-        log.warning("that is more than there is: lower bs, n_patches or max_patches, or take precision bf16")

@@ -28,14 +28,14 @@ from infra.signals import STOPPING, Interrupted, hold_signals, watch
 
 MANY = 1000  # files: from here on, several processes decode them and the result is cached
 LARGE = 2 * 10**9  # bytes: above this, images stay in their file
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # Pillow would start an outside program for others, such as EPS
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow would start an outside program for others, such as EPS
 CHUNK = 64  # images that a worker process decodes at a time
 # Not "forkserver", the default from Python 3.14: workers end with their parent, which would be the server.
 PROCESSES = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
 
 
 class UnreadableImage(Exception):
-    """The file is not an image that Pillow can decode. The message names the file and the reason."""
+    """The file is not an image that can be used. The message names the file and the reason."""
 
 
 class ImageFile:
@@ -97,18 +97,26 @@ def batches(images, rows, device, ahead=4):
 
 
 def read_image(path, image_size):
-    """Return the image as RGB uint8 (3, image_size, image_size). Raises UnreadableImage."""
+    """Return the image as RGB uint8 (3, image_size, image_size); of a file of several images the first. Raises
+    UnreadableImage."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
             with files.open_regular(os.path.realpath(path)) as file, Image.open(file, formats=FORMATS) as image:
                 return np.asarray(to_rgb(image, image_size)).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{path} ({error})") from None
     except Exception as error:  # Pillow raises nearly anything on a damaged file
         raise UnreadableImage(f"{path} ({type(error).__name__})") from None
 
 
 def to_rgb(image, image_size):
-    """Convert a PIL image of any mode to RGB: turned by its EXIF, its shorter side resized to image_size, centre-cropped."""
+    """Convert a PIL image to RGB: turned by its EXIF, its shorter side resized to image_size, centre-cropped.
+
+    Raises UnreadableImage for floating-point pixels, which have no range that is agreed on.
+    """
+    if image.mode == "F":
+        raise UnreadableImage("floating-point pixels")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -223,11 +231,11 @@ def cache_path(name, folder):
 def cached(name, folder, paths, read, is_whole=lambda: True):
     """Return the result of read(), a dict of tensors and plain values, and keep it in the cache folder for the next time.
 
-    It is read again if the size or time of a file in `paths` or the version of Pillow has changed, or if is_whole() is false:
-    whether another file that read() writes is complete. Raises OSError if the cache folder can't be written.
+    It is read again if the size or time of a file in `paths`, FORMATS or the version of Pillow has changed, or if is_whole() is
+    false: whether another file that read() writes is complete. Raises OSError if the cache folder can't be written.
     """
     listing = [(str(path), *size_and_time(path)) for path in paths]
-    key = hashlib.sha256(repr([PIL.__version__, listing]).encode()).hexdigest()
+    key = hashlib.sha256(repr([PIL.__version__, FORMATS, listing]).encode()).hexdigest()
     path = cache_path(name, folder)
 
     def kept():

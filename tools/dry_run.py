@@ -8,12 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import Images
 from experiment import n_steps_in
+from forecast import log_memory
 from hparams import to_yaml
 from infra import distributed
 from infra.console import log
 from infra.device import arithmetic, configure, generator, pick_device, pick_precision
 from infra.image_cache import on_device
-from train import build_optimizer, build_step, log_memory
+from train import build_optimizer, build_step
 from weights import build_encoder
 
 

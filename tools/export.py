@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from backbones import stages_of
-from data import SUFFIXES, find_images, read_images
+from data import read_images
 from encode import encode_images
 from experiment import Run, check_changes, is_trained, position
+from folders import find_images, log_left_out
 from infra import files
 from infra.console import log
 from infra.device import configure, pick_device, pick_precision
@@ -134,9 +135,8 @@ def embed_command(args):
         raise UsageError(f"out {args.out} must be a file NAME.npz in a folder that exists")
     if not args.images.is_dir():
         raise UsageError(f"images {args.images} is not a folder")
+    log_left_out(args.images)
     paths = find_images(args.images)
-    if not paths:
-        raise UsageError(f"no images in {args.images} (looked for {' '.join(sorted(SUFFIXES))} in all its folders)")
     device = pick_device(local_device(args.device))
     configure(device)
     hp, _, encoder = load_encoder(args.exp_dir)

@@ -6,24 +6,30 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
 import urllib.request
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, pictures, run
+from helpers import ROOT, RUN, contents, pictures, run
 from PIL import Image
 from torchvision import datasets
 
 import data
+import main
+from forecast import warn_of_few_steps
+from hparams import Hparams
 from infra import distributed, image_cache
 from infra.device import generator
 from infra.errors import RunError, UsageError
+from train import train_step
 
 
 def write(path, image, **options):
@@ -52,6 +58,7 @@ def test_folder_reads_every_format_and_mode_as_rgb(tmp_path):
     palette = Image.fromarray(grey % 7)
     palette.putpalette(rgb[0, :7].tobytes())
     smooth = pictures(1, noise=0)[0].permute(1, 2, 0).numpy()
+    turned = np.rot90(grey).copy()
     files = {
         "0.png": (Image.fromarray(rgb), rgb),
         "1.png": (Image.fromarray(grey), np.stack([grey] * 3, 2)),
@@ -63,18 +70,24 @@ def test_folder_reads_every_format_and_mode_as_rgb(tmp_path):
         "7.WEBP": (Image.fromarray(rgb), rgb),
         "8 ein Bild.jpg": (Image.fromarray(smooth), smooth),
         "9 größer 图.JPEG": (Image.fromarray(smooth).convert("L"), None),
+        "A.tif": (Image.fromarray(rgb), rgb),
+        "B.TIFF": (Image.fromarray(np.concatenate([rgb, alpha], 2)), rgb),
+        "C.tif": (Image.fromarray(grey.astype(np.uint16) * 257), np.stack([grey] * 3, 2)),
+        "D.tif": (Image.fromarray(grey.astype(">u2") * 257), np.stack([grey] * 3, 2)),
+        "E.gif": (Image.fromarray(grey), np.stack([grey] * 3, 2)),
     }
     for name, (image, _) in files.items():
-        options = {"lossless": True} if name == "7.WEBP" else {"quality": 95} if name[0] == "8" else {}
-        write(tmp_path / "train" / "zwei Wörter" / name, image, **options)
+        options = {"7": {"lossless": True}, "8": {"quality": 95}, "B": {"compression": "tiff_lzw"},
+                   "E": {"save_all": True, "append_images": [Image.fromarray(turned)]}}  # fmt: skip
+        write(tmp_path / "train" / "zwei Wörter" / name, image, **options.get(name[0], {}))
     write(tmp_path / "train" / "a" / "deep" / "er" / "x.png", rgb)
     write(tmp_path / "test" / "zwei Wörter" / "x.png", rgb)
     (tmp_path / "train" / "notes.txt").write_text("not an image")
     images, labels, class_names = data.load_images("folder", tmp_path, True)
     assert images.dtype == torch.uint8
-    assert images.shape == (11, 3, 32, 32)
+    assert images.shape == (16, 3, 32, 32)
     assert class_names == ["a", "zwei Wörter"]
-    assert labels.tolist() == [0] + [1] * 10
+    assert labels.tolist() == [0] + [1] * 15
     pixels = images.permute(0, 2, 3, 1).numpy()
     assert np.array_equal(pixels[0], rgb)
     for i, (name, (_, expected)) in enumerate(files.items(), 1):
@@ -126,6 +139,166 @@ def test_images_without_class_folders_have_no_labels(tmp_path):
     assert (len(test.images), test.labels) == (2, None)
 
 
+def images_of(root, expected=None, **settings):
+    """The Images of a run on a folder, read."""
+    images = data.Images(Hparams(dataset="folder", data_dir=str(root), image_size=16, bs=2, **settings), expected)
+    assert images.loaded
+    return images
+
+
+def levels(image_set):
+    """The grey levels of images of write_many: their numbers."""
+    return image_set.images[:, 0, 0, 0].tolist()
+
+
+def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
+    """Hidden files are no classes and no images; other files are counted by their suffixes, but for the labels."""
+    for split in ("train", "test"):
+        write_many(tmp_path / split, 4)
+    images_of(tmp_path)
+    assert "left out" not in capsys.readouterr().out
+    for name in (".DS_Store", "a/Thumbs.db", "a/IMG 1.HEIC", "b/IMG 2.heic", "b/notes.txt", "b/LICENSE"):
+        (tmp_path / "train" / name).write_bytes(b"")
+    (tmp_path / "labels.csv").write_text("".join(f"{path.relative_to(tmp_path)},{path.parent.name}\n"
+                                                 for path in sorted(tmp_path.rglob("*.png"))))  # fmt: skip
+    for labels in (None, str(tmp_path / "labels.csv")):
+        images_of(tmp_path, labels=labels)
+        told = capsys.readouterr().out
+        kinds = "2 .heic, 1 .csv, 1 .txt" if labels is None else "2 .heic, 1 .txt"
+        assert f"* {5 - bool(labels)} files left out: " in told and "hidden" not in told
+        assert set(kinds.split(", ")) | {"1 without a suffix"} == set(re.search("left out: (.*)", told)[1].split(", "))
+    (tmp_path / "train" / "a" / "._000.png").write_bytes(b"\0\5\x16\7")  # as macOS writes it
+    write(tmp_path / "train" / ".ipynb_checkpoints" / "000-checkpoint.png", np.zeros((8, 8, 3)))
+    images = images_of(tmp_path)
+    assert (levels(images["train"]), images["train"].class_names) == ([0, 1, 2, 3], ["a", "b"])
+    out, err = capsys.readouterr()
+    assert "* 2 hidden names left out: images or folders whose names start with a dot\n" in out and not err
+
+
+@pytest.mark.parametrize(("place", "words", "n_train", "n_test"), [
+    (("train", "val"), "* No test/ folder: val/ is the test split\n", 6, 6),
+    (("train", "test", "val"), "* 6 images left out: not in train/ or test/\n", 6, 6),
+    (("",), "* No train/ folder: 6 unlabelled images; put class folders into train/ to use them as labels\n", 6, 0),
+    (("train/a",), "* There will be no linear probe: the images have no labels", 6, 0),
+    (("heap/x",), "* No train/ folder: 6 unlabelled images\n", 6, 0),
+])  # fmt: skip
+def test_how_a_folder_is_understood_is_said_before_training(tmp_path, capsys, place, words, n_train, n_test):
+    for folder in place:
+        write_many(tmp_path / folder, 6)
+    images = images_of(tmp_path)
+    out, err = capsys.readouterr()
+    assert words in out and not err
+    assert (len(images["train"].images), len(images["test"].images) if n_test else images["test"]) == (n_train, n_test or None)
+    assert ("* There will be no linear probe" in out) == (n_test == 0)
+
+
+def write_unequal(root):
+    """64 images of four classes, of 40, 20, 3 and 1 images."""
+    for i in range(64):
+        write(root / "abcd"[(i >= 40) + (i >= 60) + (i >= 63)] / f"{i:03}.png", np.full((8, 8, 3), i))
+
+
+@pytest.mark.parametrize("by", ["folders", "file"])
+def test_without_a_test_folder_a_tenth_of_each_class_is_held_out(tmp_path, capsys, by):
+    """Of a class of a few images one, of a class of one image none. With a labels file too."""
+    root, labels = tmp_path / "data", None
+    write_unequal(root / "train" if by == "folders" else root)
+    if by == "file":
+        labels = str(tmp_path / "labels.csv")
+        Path(labels).write_text("".join(f"{path.relative_to(root)},{path.parent.name}\n" for path in root.rglob("*.png")))
+    images = images_of(root, labels=labels)
+    out = capsys.readouterr().out
+    assert "a tenth of the images of each class, at least one, is held out for the linear probe: 7 of 64" in out
+    assert ("* No train/ folder: 64 training images\n" in out) == (by == "file") and "no linear probe" not in out
+    train, test = images["train"], images["test"]
+    assert test.labels.bincount(minlength=4).tolist() == [4, 2, 1, 0] and test.class_names == train.class_names == list("abcd")
+    assert train.labels.bincount().tolist() == [36, 18, 2, 1]
+    assert sorted(levels(train) + levels(test)) == list(range(64))
+    again, other = images_of(root, images.fingerprints, labels=labels), images_of(root, labels=labels, seed=1)
+    assert levels(again["test"]) == levels(test) != levels(other["test"])
+    subset = images_of(root, labels=labels, n_images=20)
+    assert levels(subset["test"]) == levels(test) and set(levels(subset["train"])) < set(levels(train))
+
+
+def test_a_run_of_an_earlier_version_that_had_no_test_images_goes_on_without(tmp_path, capsys):
+    """It trained on all of train/; unless a test/ folder has come since then."""
+    write_many(tmp_path / "train", 20)
+    everything = data.load_images("folder", tmp_path, True, 16)
+    expected = {"train": data.fingerprint(everything), "test": None, "class_names": ["a", "b"]}
+    for folder in ("train", "val"):
+        write_many(tmp_path / folder, 20)
+        images = images_of(tmp_path, expected)
+        assert (len(images["train"].images), images["test"]) == (20, None)
+        assert "* There will be no linear probe: there are no test images" in capsys.readouterr().out
+    write_many(tmp_path / "test", 20)
+    with pytest.raises(UsageError, match="not those that this run was trained on"):
+        images_of(tmp_path, expected)
+
+
+def test_a_run_with_held_out_images_that_was_stopped_ends_with_the_same_bits(tiny, images, tmp_path, monkeypatch):
+    """And the images that are held out are not among those that it trained on."""
+    shutil.copytree(images / "train", tmp_path / "data" / "train")
+    argv = [*tiny, "--data_dir", tmp_path / "data"]
+    assert run(*argv, "--log_folder", tmp_path / "whole").code == 0
+    calls = []
+
+    def step_and_stop(*args, **options):
+        calls.append(args)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args, **options)
+
+    monkeypatch.setattr("train.train_step", step_and_stop)
+    assert run(*argv, "--log_folder", tmp_path / "stopped").code == 143
+    assert run("resume", "--exp_dir", tmp_path / "stopped" / RUN).code == 0
+    whole = contents(tmp_path / "whole" / RUN)
+    assert contents(tmp_path / "stopped" / RUN) == whole and whole["linear_accuracy.json"]["n_test"] == 2
+    trained_on, held_out = (set(whole[f"artifacts/{split}.pt"]["paths"]) for split in ("train", "test"))
+    names = {str(path.relative_to(tmp_path / "data")) for path in (tmp_path / "data").rglob("*.png")}
+    assert trained_on | held_out == names and not trained_on & held_out and len(held_out) == 2
+
+
+def test_each_embedding_has_the_path_of_its_image(tiny, images, tmp_path):
+    """As `embed` pairs them: an image that can't be read, a subset, held-out images, and a name that is not UTF-8 among them."""
+    root = tmp_path / "data"
+    shutil.copytree(images / "train", root / "train")
+    (root / "train" / "across" / "3.png").write_bytes(b"not an image")
+    os.rename(root / "train" / "down" / "5.png", root / "train" / "down" / os.fsdecode(b"caf\xe9.png"))
+    assert run(*tiny, "--data_dir", root, "--n_images", "19", "--n_epochs", "0", "--log_folder", tmp_path).code == 0
+    assert run("embed", "--exp_dir", tmp_path / RUN, "--images", root, "--out", tmp_path / "all.npz", "--device", "cpu").code == 0
+    with np.load(tmp_path / "all.npz") as file:
+        every = dict(zip(file["paths"].tolist(), torch.from_numpy(file["embeddings"]), strict=True))
+    n = 0
+    for split in ("train", "test"):
+        content = torch.load(tmp_path / RUN / "artifacts" / f"{split}.pt", weights_only=True)
+        torch.testing.assert_close(content["embeddings"], torch.stack([every[path] for path in content["paths"]]))
+        classes = ["across", "down"]
+        assert [classes[label] for label in content["labels"]] == [Path(path).parent.name for path in content["paths"]]
+        n += len(content["paths"])
+    assert (n, len(every)) == (19 + 2, 23) and len(set(every)) == len(torch.stack(list(every.values())).unique(dim=0))
+
+
+def test_the_rows_of_a_subset_of_another_data_set_are_indices():
+    images = data.Images(Hparams(dataset="textures", n_images=200))
+    everything = data.load_images("textures", "", True)
+    (name, index), = images.rows("train").items()
+    assert (name, index.dtype, len(index), images.rows("test")) == ("indices", torch.int64, 200, {})
+    assert torch.equal(everything.images[index], images["train"].images)
+    assert data.Images(Hparams(dataset="textures")).rows("train") == {}
+
+
+def test_few_steps_are_warned_of_once(tiny, tmp_path, capsys):
+    """At the start, and not where training goes on."""
+    words = "warning: 24 images, 6 steps of training in all: this teaches little; raise n_epochs or lower bs (more patches"
+    for n_epochs, warning in (("1", words), ("2", "")):
+        assert main.main([*tiny, "--n_epochs", n_epochs, "--log_folder", str(tmp_path)]) == 0
+        err = capsys.readouterr().err
+        assert err.startswith(warning) and err.count("\n") == bool(warning)
+    for n_epochs, warned in ((0, False), (1, True), (1.98, True), (2, False)):
+        warn_of_few_steps(Hparams(bs=2, n_epochs=n_epochs), n_images=101)
+        assert ("teaches little" in capsys.readouterr().err) == warned, n_epochs
+
+
 def test_a_link_to_the_parent_folder_is_not_followed(tmp_path):
     write_many(tmp_path / "train", 4)
     (tmp_path / "train" / "a" / "up").symlink_to(tmp_path / "train", target_is_directory=True)
@@ -162,6 +335,28 @@ def test_one_unreadable_image_in_a_hundred_is_left_out_and_two_are_an_error(tmp_
     cut.write_bytes(cut.read_bytes()[:-30])
     with pytest.raises(RunError, match="2 of 100"):
         data.load_images("folder", tmp_path, True)
+
+
+@pytest.mark.parametrize(("n", "n_bad", "words"), [
+    (22, 1, ""), (22, 2, "2 of 22"), (3, 1, ""), (2, 1, "1 of 2"), (1, 1, "1 of 1"), (200, 2, ""), (200, 3, "3 of 200"),
+])  # fmt: skip
+def test_how_many_unreadable_images_are_left_out(tmp_path, capsys, n, n_bad, words):
+    write_many(tmp_path, n)
+    for path in sorted(tmp_path.rglob("*.png"))[:n_bad]:
+        path.write_bytes(b"not an image")
+    if words:
+        with pytest.raises(RunError, match=words):
+            data.load_images("folder", tmp_path, True)
+    else:
+        assert len(data.load_images("folder", tmp_path, True).images) == n - n_bad
+        assert f"{n_bad} of {n}" in capsys.readouterr().err
+
+
+def test_an_image_of_floating_point_pixels_is_named(tmp_path):
+    """They have no range that is agreed on: as 0 to 255, those of 0 to 1 would be black."""
+    Image.fromarray(np.random.default_rng(0).random((16, 16), np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(image_cache.UnreadableImage, match=r"f\.tif \(floating-point pixels\)"):
+        image_cache.read_image(tmp_path / "f.tif", 16)
 
 
 def test_images_in_a_file_are_those_in_memory(tmp_path, monkeypatch):
@@ -410,7 +605,8 @@ def test_an_eps_and_a_fifo_are_not_images_and_start_and_hold_nothing(tmp_path, m
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (tmp_path / "eps.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
     os.mkfifo(tmp_path / "fifo.png")
-    for name in ("eps.png", "fifo.png"):
+    shutil.copy(tmp_path / "eps.png", tmp_path / "eps.tif")
+    for name in ("eps.png", "eps.tif", "fifo.png"):
         with pytest.raises(image_cache.UnreadableImage, match=name):
             image_cache.read_image(tmp_path / name, 16)
     assert not (tmp_path / "started").exists()

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, RUN, contents, edit, fingerprints, refused, run, step_of
+from helpers import ROOT, RUN, contents, edit, fingerprints, refused, run, step_of, unexpected
 
 import data
 import encode
@@ -69,7 +69,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on
         if line.startswith("epoch 0 step 2/6"):
             process.send_signal(signum)
             break
-    err = process.communicate()[1]
+    err = unexpected(process.communicate()[1])
     assert process.returncode == code
     assert err.startswith("stopped at epoch")
     assert f"resume --exp_dir {tmp_path / RUN}" in err
@@ -108,7 +108,7 @@ def test_a_second_signal_leaves_at_once(tiny, tmp_path):
     )
     command = [sys.executable, "-c", code, *tiny, "--log_folder", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (143, "")
+    assert (done.returncode, unexpected(done.stderr)) == (143, "")
     assert step_of(tmp_path / RUN / "checkpoints" / "last.pt") == 2  # of the step before
 
 
@@ -261,13 +261,13 @@ def test_a_damaged_picture_is_drawn_again(stopped, finished):
 
 
 def test_hparams_edited_while_resume_loads_its_data_stay_edited(stopped, monkeypatch):
-    load_images = data.load_images
+    read_folder = data.read_folder
 
     def load_and_edit(*args):
         edit(stopped, print_freq=3)
-        return load_images(*args)
+        return read_folder(*args)
 
-    monkeypatch.setattr(data, "load_images", load_and_edit)
+    monkeypatch.setattr(data, "read_folder", load_and_edit)
     assert run("resume", "--exp_dir", stopped).code == 0
     assert Run(stopped).read_hparams().print_freq == 3
 
@@ -279,7 +279,7 @@ def test_a_disk_that_is_really_full(tiny, tmp_path, megabytes):
         pytest.skip("no file system can be mounted here")
     command = " ".join(shlex.quote(str(word)) for word in (sys.executable, ROOT / "main.py", *tiny, "--log_folder", tmp_path))
     done = subprocess.run(["unshare", "-rm", "sh", "-c", f"{mount} && {command}"], capture_output=True, text=True)
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("warning: no more TensorBoard events")]
+    errors = [line for line in unexpected(done.stderr).splitlines() if not line.startswith("warning: no more TensorBoard events")]
     assert done.returncode == 1
     assert len(errors) == 1 and errors[0].startswith("error: no space left on the disk"), done.stderr
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import encode
+import forecast
 import loss
 import train
 from experiment import Run
@@ -233,5 +234,5 @@ def test_a_slow_machine_shows_losses_between_the_reports_and_records_nothing_mor
 def test_a_long_training_on_a_cpu_is_told_what_is_quicker(caplog):
     for seconds, name, told in ((3601, "cpu", True), (3599, "cpu", False), (10**6, "cuda", False)):
         caplog.clear()
-        train.tell_end(seconds, torch.device(name))
+        forecast.tell_end(seconds, torch.device(name))
         assert ("--preset laptop" in caplog.text) == told
