@@ -16,9 +16,8 @@ from infra.lock import is_locked, locked
 from infra.metrics import Board, Journal, read_launches
 
 # What a checkpoint holds; see train.save_checkpoint. "state" is that of a train.TrainState.
-CHECKPOINT = {
-    "format": int, "hparams": dict, "data": dict, "encoder": dict, "optimizer": dict, "state": dict, "metrics_bytes": int,
-}  # fmt: skip
+CHECKPOINT = {"format": int, "hparams": dict, "data": dict, "encoder": dict, "optimizer": dict, "state": dict,
+              "metrics_bytes": int}  # fmt: skip
 STATE = {
     "n_steps": int, "step": int, "totals": torch.Tensor, "n_totals": int, "recent": torch.Tensor, "seconds": float,
     "peak_memory": int,
@@ -46,6 +45,7 @@ class Run:
         self.patches = self.dir / "patches.png"
         self.report = self.dir / "report.html"
         self.export = self.dir / "export"
+        self.finetune = self.dir / "finetune"
         self.lock = self.dir / "lock"
 
     def read_hparams(self):

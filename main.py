@@ -27,7 +27,7 @@ from infra.device import arithmetic, configure, pick_device, pick_precision
 from infra.errors import RunError, UsageError, explain
 from infra.metrics import environment, git_commit
 from infra.signals import Interrupted, raise_signals
-from tools import cleanup, compare, dry_run, export, report
+from tools import cleanup, compare, dry_run, export, finetune, report
 from train import train
 from weights import build_encoder
 
@@ -142,7 +142,8 @@ def log_collapse(signs):
 
 def parse(argv):
     """Return the arguments of a command line. args.command is the function to call."""
-    return cli.parse(argv, __doc__, [add_commands, *(tool.add_commands for tool in (compare, report, export, cleanup))])
+    tools = (compare, report, export, finetune, cleanup)
+    return cli.parse(argv, __doc__, [add_commands, *(tool.add_commands for tool in tools)])
 
 
 def add_commands(commands):

@@ -42,18 +42,21 @@ class Encoder(nn.Module):
         return h, z
 
 
-def fold_batch_norm(encoder):
-    """Return a copy of the encoder in eval mode, with each batch norm folded into the convolution or linear layer before it.
+def fold_batch_norm(network):
+    """Return a copy of the network in eval mode, with each batch norm folded into the convolution or linear layer before it.
 
-    Encoding is 1.05 to 1.15x as fast (resnet18-cifar, two cores, bf16 and fp32).
+    network: an Encoder, or a backbone with or without a head. A backbone of timm is left as it is, since its batch norms may
+    include the activation. Encoding is 1.05 to 1.15x as fast (resnet18-cifar, two cores, bf16 and fp32).
     """
-    encoder = copy.deepcopy(encoder).eval()
-    is_resnet = not isinstance(encoder, Encoder) or stages_of(encoder.backbone)  # timm's batch norms may include the activation
-    foldable = [encoder] if is_resnet else [encoder.features, encoder.projection]
+    network = copy.deepcopy(network).eval()
+    if stages_of(getattr(network, "backbone", network)):
+        foldable = [network]
+    else:
+        foldable = [network.features, network.projection] if isinstance(network, Encoder) else []
     for parent in [module for root in foldable for module in root.modules()]:
         for (name, layer), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
             if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d | nn.SyncBatchNorm):
                 fuse = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
                 setattr(parent, name, fuse(layer, norm))
                 setattr(parent, norm_name, nn.Identity())
-    return encoder
+    return network

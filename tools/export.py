@@ -121,9 +121,8 @@ def write(kind, module, description, folder):
 
 def onnx_graph(module, size):
     """Return the bytes of an ONNX file: images float32 (N, 3, size, size) -> features (N, dim), for any N."""
-    module = fold_batch_norm(module) if stages_of(module) else copy.deepcopy(module).eval()
     program = torch.onnx.export(
-        module.to(memory_format=torch.contiguous_format), (torch.zeros(2, 3, size, size),), dynamo=True,
+        fold_batch_norm(module).to(memory_format=torch.contiguous_format), (torch.zeros(2, 3, size, size),), dynamo=True,
         input_names=["images"], output_names=["features"], dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False,
     )  # fmt: skip
     return program.model_proto.SerializeToString()
