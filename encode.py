@@ -97,10 +97,16 @@ def mean_of_views(x, pool_grid):
     return parts.permute(2, 0, 1, 3).flatten(1)
 
 
+def batch_size(hp):
+    """Return how many images are encoded at once: they have as many views as a training step has patches, which fit into memory.
+    Of those in the network at once in training four times as many fit, since nothing is kept for a backward pass."""
+    n = hp.bs * hp.n_patches
+    return max(1, min(n, 4 * (hp.max_patches or n)) // hp.test_views.n)
+
+
 def encode_images(hp, encoder, images, purpose, bf16, save_proj=False):
     """Encode images by the settings of a run and show progress. purpose: part of the seed of random views."""
-    views = hp.test_views
-    bs = max(1, hp.bs * hp.n_patches // views.n)  # as many patches per batch as in training, which fit into memory
+    views, bs = hp.test_views, batch_size(hp)
     bar = functools.partial(progress, desc=f"encode {purpose}", every=hp.print_freq, unit="patches", size=bs * views.count)
     rng = functools.partial(generator, hp.seed, f"encode-{purpose}")
     output = Output(hp.emb_pool, hp.pool_grid, save_proj, bf16)

@@ -1,11 +1,16 @@
 """What a training will take: steps, memory and time, told before it is spent."""
 
+import math
+
 from experiment import n_steps_in
 from infra import distributed
 from infra.console import log, time_left
-from infra.device import step_memory, total_memory
+from infra.device import pick_device, pick_precision, step_memory, total_memory
+from infra.errors import UsageError
+from model import Encoder
 
 FEW_STEPS = 100
+FILL = 0.7  # of the memory, for a step with an automatic max_patches; images, other programs and errors of the estimate need some
 
 
 def warn_of_few_steps(hp, n_images):
@@ -16,16 +21,42 @@ def warn_of_few_steps(hp, n_images):
                     f"(more patches add no steps)")  # fmt: skip
 
 
-def log_memory(hp, encoder, pixels, bf16):
-    """Print how much memory a training step will take and how much there is, with a warning if that is less."""
-    n, device = hp.n_patches * distributed.shard_size(hp.bs), next(encoder.parameters()).device
+def check_memory(hp, encoder, pixels, device, bf16):
+    """Print how much memory a training step takes and how much there is. Raises UsageError if that is less.
+
+    pixels: the training images, an ImageFile or uint8 (N, 3, H, W), which are on the device too.
+    """
+    n = hp.n_patches * distributed.shard_size(hp.bs)
     n = min(n, hp.max_patches or n)
-    step, beside = step_memory(encoder, n, hp.input_size or pixels.shape[-1], bf16)
-    need, there = step + beside + getattr(pixels, "nbytes", 0), total_memory(device)
-    text = f", of which {beside / 1e9:.1f} GB are for kernels" if beside else ""
+    per_patch, weights, kernels = step_memory(encoder, hp.patch_size, bf16, device)
+    need, there = n * per_patch + weights + kernels + getattr(pixels, "nbytes", 0), total_memory(device)
+    text = f", of which {kernels / 1e9:.1f} GB are for kernels" if kernels else ""
     log.info(f"* Memory: about {need / 1e9:.1f} GB for a step of {n} patches{text}; {there / 1e9:.1f} GB are there")
     if need > there:
-        log.warning("that is more than there is: lower bs, n_patches or max_patches, or take precision bf16")
+        most = most_patches(hp, encoder, device, bf16)
+        remedy = f"set max_patches {most}, or lower bs or n_patches" if most else "take a smaller network or input_size"
+        raise UsageError(f"a step of {n} patches takes about {need / 1e9:.1f} GB, and {there / 1e9:.1f} GB are there: {remedy}")
+
+
+def automatic_max_patches(hp):
+    """Return the max_patches of a new run that names none: None if a step of all patches fits into memory, else what fits."""
+    n, device = hp.n_patches * distributed.shard_size(hp.bs), pick_device(distributed.local_device(hp.device))
+    bf16 = pick_precision(hp.precision, device) == "bf16"
+    encoder = Encoder(hp.arch, hp.h_dim, hp.z_dim, hp.activation, hp.batch_norm, hp.patch_size)
+    most = most_patches(hp, encoder, device, bf16)
+    if most in (0, n):  # none: the check before training says so
+        return None
+    log.info(f"* max_patches: {most} of the {n} patches of a step are in the network at once, since all of them do not fit into "
+             f"memory. Each passes twice. hparams.yaml keeps the number")  # fmt: skip
+    return most
+
+
+def most_patches(hp, encoder, device, bf16):
+    """Return how many patches fit into memory at once: of a step or of chunks of equal size; 0 if it is less than 3."""
+    per_patch, weights, kernels = step_memory(encoder, hp.patch_size, bf16, device)
+    n = hp.n_patches * distributed.shard_size(hp.bs)
+    fit = int((FILL * total_memory(device) - weights - kernels) / per_patch)
+    return math.ceil(n / math.ceil(n / fit)) if fit >= 3 else 0
 
 
 def tell_end(seconds, device):

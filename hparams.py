@@ -64,7 +64,7 @@ class Hparams:
     n_epochs: float = setting(2.0, "encoder", "passes over the data, may be fractional; 0: no training", low=0, high=100_000)
     bs: int = setting(100, "encoder", "batch size in images", low=1, high=1_000_000)
     max_patches: int | None = setting(None, "encoder", "most patches in one forward pass, to save memory: each passes twice, "
-                                      "batch norm is over one pass (default: all)", low=3)  # fmt: skip
+                                      "batch norm is over one pass (default: as many as fit)", low=3)  # fmt: skip
     lr: float = setting(0.3, "encoder", "learning rate at the start", low=0, above=True)
     schedule: str = setting("cosine", "encoder", "learning-rate schedule: cosine to 0, or constant", choices=SCHEDULES)
     optimizer: str = setting("lars", "encoder", "optimizer", choices=("lars", "muon", "sgd", "adamw"))

@@ -4,6 +4,7 @@ import functools
 import shlex
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from infra import startup
@@ -15,6 +16,7 @@ import torch
 
 import cli
 import collapse
+import forecast
 from cli import given_settings
 from data import Images, why_no_probe
 from encode import encode_split
@@ -80,7 +82,9 @@ def run_stages(hp, run, device, bf16, rewrite):
     images = Images(hp, run.fingerprints)  # read when first used
     encoder = build_encoder(hp, run.checkpoint)
     if not run.is_trained() or run.images_moved():
-        images["train"]  # read now: an error here changes nothing in the run folder
+        pixels = images["train"].images  # read now: an error here changes nothing in the run folder
+        if not run.is_trained() and hp.n_epochs > 0:
+            forecast.check_memory(hp, encoder, pixels, device, bf16)
     distributed.barrier()  # all processes have read; now the main process may write
     run.prepare(rewrite)
 
@@ -168,18 +172,21 @@ def is_name(text):
 
 def train_command(args):
     """Start or resume the experiment that the command line describes, or only predict its cost."""
-    hp = hyperparameters(args)
-    if args.dry_run:
-        dry_run.dry_run(hp)
-        return
     if not is_name(args.exp_name):
         raise UsageError(f"exp_name {short(args.exp_name)} must be the name of one folder, of at most 150 bytes")
+    hp = hyperparameters(args)
     seed = "" if hp.seed == SETTINGS["seed"].default else f"_seed{hp.seed}"
     exp_dir = Path(args.log_folder) / f"{args.exp_name}__numpatch{hp.n_patches}_bs{hp.bs}_lr{hp.lr:g}{seed}"
     if args.config_from and exp_dir.resolve() == Path(args.config_from).resolve():
         raise UsageError(f"{exp_dir} is the run folder that --config_from names: give the new experiment an --exp_name")
     run = Run(exp_dir)
-    if args.resume and run.hparams_yaml.exists():
+    exists = args.resume and run.hparams_yaml.exists()
+    if hp.max_patches is None and "max_patches" not in given_settings(args):
+        hp = replace(hp, max_patches=run.read_hparams().max_patches if exists else forecast.automatic_max_patches(hp))
+    if args.dry_run:
+        dry_run.dry_run(hp)
+        return
+    if exists:
         for name, (there, here) in run.read_hparams().differences(hp).items():
             log.info(f"* {name} is {there} in {run.hparams_yaml} and {here} in this command, which decides")
     run_experiment(hp, exp_dir, args.argv, start_over=not args.resume)

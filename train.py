@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from experiment import STATE, n_steps_in, position
-from forecast import log_memory, tell_end, warn_of_few_steps
+from forecast import tell_end, warn_of_few_steps
 from infra import distributed
 from infra.console import log, log_stage, progress_bar, time_left
 from infra.device import generator, peak_memory
@@ -154,7 +154,6 @@ def train(hp, run, encoder, images, bf16):
     if not run.checkpoint:
         warn_of_few_steps(hp, len(pixels))
         save()  # fail now if the folder is not writable
-    log_memory(hp, encoder, pixels, bf16)
 
     encoder.train()
     network = distributed.data_parallel(encoder, device)  # it shares the encoder's weights

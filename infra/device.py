@@ -108,10 +108,12 @@ def peak_memory(device):
 
 
 def total_memory(device):
-    """Return the memory of the GPU, else of the computer, in bytes."""
+    """Return the memory of the GPU, else of the computer, in bytes; in a container of cgroup v2, what that may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(total, int(text)) if text.isdecimal() else total
 
 
 # The most that is alive in the backward pass, relative to what autograd keeps of the forward pass. CPU and mps: measured 1.4 to
@@ -135,10 +137,9 @@ def saved_bytes(network, n_images, size, bf16):
     return sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
 
 
-def step_memory(network, n, size, bf16):
-    """Return (bytes that a training step of n patches (3, size, size) takes, bytes that its kernels take beside)."""
-    device = next(network.parameters()).device.type
-    per_patch = saved_bytes(network, 3, size, bf16) - saved_bytes(network, 2, size, bf16)
+def step_memory(network, size, bf16, device):
+    """Return the bytes that a training step takes for each patch (3, size, size), for the weights, and for its kernels."""
+    saved = saved_bytes(network, 3, size, bf16) - saved_bytes(network, 2, size, bf16)
+    sampling = 3.2 * 4 * 3 * size**2  # float32; alive at once in `patches.render`: 3.2 times its result
     weights = 4 * 4 * sum(p.numel() for p in network.parameters())  # float32: weights, gradients, momenta; copies in bf16
-    sampling = 3.2 * 4 * n * 3 * size**2  # float32; alive at once in `patches.render`: 3.2 times its result
-    return max(BACKWARD[device] * n * per_patch, sampling) + weights, BESIDE.get(device, 0)
+    return max(BACKWARD[device.type] * saved, sampling), weights, BESIDE.get(device.type, 0)

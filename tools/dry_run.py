@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import Images
 from experiment import n_steps_in
-from forecast import log_memory
+from forecast import check_memory
 from hparams import to_yaml
 from infra import distributed
 from infra.console import log
@@ -33,7 +33,7 @@ def dry_run(hp, n_timed=3):
         log.info(f"* Device: {device}, processes: {distributed.WORLD_SIZE}, precision: {arithmetic(precision, device)}")
         log.info(f"* Parameters: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} million")
         log.info(f"* Operations: {operations / 1e12:.3g} TFLOP a step in the network, {n_steps} steps of {n_patches} patches")
-        log_memory(hp, encoder, pixels, precision == "bf16")
+        check_memory(hp, encoder, pixels, device, precision == "bf16")
         network, optimizer = distributed.data_parallel(encoder, device), build_optimizer(hp, encoder, precision == "bf16")
         step = build_step(hp, torch.compile(network) if hp.compile else network, optimizer, precision == "bf16")
         for i in range(n_timed + 1):

@@ -15,6 +15,7 @@ from torch import nn
 
 from backbones import stages_of
 from data import Images, balanced_subset, why_no_probe
+from encode import batch_size
 from evaluate import Fit, accuracy, linear, linear_probe
 from experiment import Run, is_trained, stage_key
 from hparams import Hparams, Setting
@@ -254,7 +255,7 @@ def predict(network, images, hp, bf16):
     device, dtype = next(network.parameters()).device, torch.bfloat16 if bf16 else torch.float32
     network = fold_batch_norm(network).to(dtype, memory_format=torch.channels_last)
     views = hp.test_views
-    bs = max(1, hp.bs * hp.n_patches // views.n)  # as encode.encode_images has it
+    bs = batch_size(hp)
     slices = [slice(i, i + bs) for i in range(0, len(images), bs)]
     scores = []
     for step, batch in enumerate(batches(images, slices, device)):

@@ -116,7 +116,7 @@ def test_patches_are_sampled_chunk_by_chunk(monkeypatch):
     torch.testing.assert_close(torch.cat(found), torch.cat([whole, whole]), rtol=0, atol=1e-6)
 
 
-def test_the_memory_of_a_step_is_told_before_and_warned_of(tiny, tmp_path, monkeypatch):
+def test_the_memory_of_a_step_is_told_before(tiny, tmp_path):
     """What autograd keeps of a patch, counted by hand for an encoder without a backbone; and the lines about it."""
     encoder = Encoder("resnet18-tiny", h_dim=32, z_dim=16, activation="tanh")
     encoder.backbone = torch.nn.Flatten()
@@ -130,10 +130,32 @@ def test_the_memory_of_a_step_is_told_before_and_warned_of(tiny, tmp_path, monke
     assert re.search(r"^\* Memory: about \d+\.\d GB for a step of 8 patches; \d+\.\d GB are there$", result.out, re.M)
     assert re.search(r"^memory           [1-9]?\d\.\d\d GB at most", result.out, re.M)
     assert result.err == ""
-    monkeypatch.setattr(device, "saved_bytes", lambda encoder, n_patches, size, bf16: n_patches * 10**12)
-    result = run(*tiny, "--log_folder", tmp_path, "--exp_name", "huge", "--n_epochs", "0")
-    assert "about 12800.0 GB for a step of 8 patches" in result.out
-    assert "lower bs, n_patches or max_patches" in result.err
+
+
+def test_a_step_that_does_not_fit_into_memory_is_refused_and_a_new_run_takes_chunks_that_fit(tiny, tmp_path, monkeypatch):
+    """With 4 GB for each patch, and 28 GB for all: 0.7 of that are 4 patches and the weights."""
+    monkeypatch.setattr(forecast, "step_memory", lambda *args: (4e9, 1e9, 0))
+    monkeypatch.setattr(forecast, "total_memory", lambda device: 28e9)
+    options = [*tiny, "--n_epochs", "1", "--log_folder", tmp_path]
+    dry = run(*options, "--dry_run")
+    assert dry.code == 0 and "max_patches: 4\n" in dry.out and not any(tmp_path.iterdir())
+    refusal = run(*options, "--max_patches", "none")
+    assert (refusal.code, refusal.err) == (2, "error: a step of 8 patches takes about 33.0 GB, and 28.0 GB are there: set "
+                                           "max_patches 4, or lower bs or n_patches\n")  # fmt: skip
+    assert not any(tmp_path.iterdir())
+
+    result = run(*options)
+    assert result.code == 0 and "* max_patches: 4 of the 8 patches of a step are in the network at once" in result.out
+    assert "about 17.0 GB for a step of 4 patches" in result.out and Run(tmp_path / RUN).read_hparams().max_patches == 4
+    monkeypatch.setattr(forecast, "total_memory", lambda device: 100e9)
+    for command in (["resume", "--exp_dir", tmp_path / RUN], options):
+        assert run(*command).code == 0 and Run(tmp_path / RUN).read_hparams().max_patches == 4
+
+    monkeypatch.setattr(forecast, "total_memory", lambda device: 2e9)
+    assert run("resume", "--exp_dir", tmp_path / RUN).code == 0  # it trains no more
+    refusal = run("resume", "--exp_dir", tmp_path / RUN, "--n_epochs", "2")
+    assert refusal.code == 2 and "take a smaller network or input_size" in refusal.err
+    assert Run(tmp_path / RUN).read_hparams().n_epochs == 1
 
 
 def test_compile_trains_the_same_weights(tiny, finished, tmp_path, monkeypatch):
