@@ -72,7 +72,7 @@ def timm_backbone(arch, size, pretrained):
     if not timm.is_model(name):
         raise UsageError(f"arch {arch}: timm {timm.__version__} has no model {name!r}; timm.list_models() has their names")
     try:
-        backbone = create(timm, name, size, pretrained)
+        backbone, _ = create(name, size, pretrained)
         with torch.no_grad():
             features = backbone.eval()(torch.zeros(2, 3, size, size))
     except Exception as error:  # each of its 1,000 models fails in its own way
@@ -83,12 +83,15 @@ def timm_backbone(arch, size, pretrained):
     return backbone.train(), features.shape[1]
 
 
-def create(timm, name, size, pretrained):
-    """Return timm's model without its classifier, for images of size pixels where it must know them."""
+def create(name, size, pretrained=False):
+    """Return (model, options) of a model of timm without its classifier. options: {"img_size": size} for models that must know
+    it, else {}. Raises what timm raises."""
+    import timm
+
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size)
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size), {"img_size": size}
     except TypeError:  # convolutional models take any size
-        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+        return timm.create_model(name, pretrained=pretrained, num_classes=0), {}
 
 
 def stages_of(backbone):

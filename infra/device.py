@@ -16,7 +16,7 @@ from infra.errors import UsageError
 
 
 def pick_device(name):
-    """Return the torch.device of this name; auto takes cuda, then mps, then cpu. Raises UsageError if there is none."""
+    """Return the torch.device of this name or device; auto takes cuda, then mps, then cpu. Raises UsageError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

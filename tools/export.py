@@ -10,17 +10,16 @@ import torch
 from torch import nn
 
 from backbones import stages_of
-from data import read_images
-from encode import encode_images
-from experiment import Run, check_changes, is_trained, position
+from emp_ssl import load, load_encoder
+from experiment import Run, position
 from folders import find_images, log_left_out
 from infra import files
 from infra.console import log
-from infra.device import configure, pick_device, pick_precision
+from infra.device import pick_device
 from infra.distributed import local_device, on_main_process, process_group
-from infra.errors import RunError, UsageError
+from infra.errors import UsageError
 from model import fold_batch_norm
-from weights import build_encoder
+from tools import loading
 
 PACKAGES = {"torchvision": (), "safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript")}
 EXTENSIONS = {"torchvision": ".pt", "safetensors": ".safetensors", "onnx": ".onnx"}
@@ -28,8 +27,8 @@ EXTENSIONS = {"torchvision": ".pt", "safetensors": ".safetensors", "onnx": ".onn
 
 def add_commands(commands):
     """Add the commands export and embed."""
-    parser = commands.add_parser("export", help="write the encoder for torchvision, safetensors or ONNX", description=(
-        "Write the encoder into the run folder's export/, with a JSON file that describes its use."))  # fmt: skip
+    text = "Write the encoder into the run folder's export/, with code that loads it and a JSON file that describes its use."
+    parser = commands.add_parser("export", help="write the encoder for torchvision, safetensors or ONNX", description=text)
     parser.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
     parser.add_argument("--format", required=True, choices=tuple(EXTENSIONS), help="torchvision: a state dict")
     parser.add_argument("--head", action="store_true", help="with the feature layer, whose output the probe sees")
@@ -42,19 +41,6 @@ def add_commands(commands):
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz", help="embeddings (N, d) and paths (N,)")
     parser.add_argument("--device", default="auto", help="auto (cuda, mps or cpu), cpu, mps, cuda or cuda:N")
     parser.set_defaults(command=embed_command)
-
-
-def load_encoder(exp_dir):
-    """Return (Hparams, checkpoint, encoder) of a run folder. Raises UsageError if it has no checkpoint."""
-    run = Run(exp_dir)
-    hp, checkpoint = run.read_hparams(), run.newest_checkpoint()
-    if not checkpoint:
-        raise UsageError(f"{exp_dir} has no checkpoint: there is no encoder yet")
-    check_changes(hp, checkpoint)
-    if not is_trained(hp, checkpoint):
-        epoch, step = position(checkpoint)
-        log.info(f"* Training is at epoch {epoch} step {step}, not at its end")
-    return hp, checkpoint, build_encoder(hp, checkpoint)
 
 
 def export_command(args):
@@ -89,6 +75,7 @@ def describe(hp, checkpoint, encoder, head):
     return {
         "arch": hp.arch,
         "head": {"h_dim": hp.h_dim, "batch_norm": hp.batch_norm, "activation": hp.activation} if head else None,
+        "features": encoder.features[0].in_features,
         "dim": hp.h_dim if head else encoder.features[0].in_features,
         "input_size": hp.input_size or image_size,
         "image_size": image_size,
@@ -102,7 +89,7 @@ def describe(hp, checkpoint, encoder, head):
 
 
 def write(kind, module, description, folder):
-    """Write the network in a format, and its description beside it, atomically. Return the two paths."""
+    """Write the network in a format, and beside it the code that loads it and its description. Return the three paths."""
     folder.mkdir(exist_ok=True)
     path = (folder / ("encoder" if description["head"] else "backbone")).with_suffix(EXTENSIONS[kind])
     weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
@@ -115,8 +102,11 @@ def write(kind, module, description, folder):
             file.write(safetensors.torch.save(weights, {"format": "pt", "description": json.dumps(description)}))
         else:
             file.write(onnx_graph(module, description["input_size"]))
+    code = path.with_name(f"{path.stem}_{kind}.py")
+    with files.atomic_write(code) as file:
+        file.write(loading.code(kind, path.name, description).encode())
     files.write_json(path.with_suffix(".json"), description)
-    return path, path.with_suffix(".json")
+    return path, code, path.with_suffix(".json")
 
 
 def onnx_graph(module, size):
@@ -135,20 +125,13 @@ def embed_command(args):
     if not args.images.is_dir():
         raise UsageError(f"images {args.images} is not a folder")
     log_left_out(args.images)
-    paths = find_images(args.images)
-    device = pick_device(local_device(args.device))
-    configure(device)
-    hp, _, encoder = load_encoder(args.exp_dir)
+    paths, device = find_images(args.images), pick_device(local_device(args.device))
+    embedder = load(args.exp_dir, device)
     with process_group(device):
-        images, readable = read_images(paths, args.images, hp.image_size)
-        log.info(f"* Images: {len(images)} of {len(paths)}, device: {device}")
-        encoder = encoder.to(device, memory_format=torch.channels_last)
-        embeddings = encode_images(hp, encoder, images, "embed", pick_precision(hp.precision, device) == "bf16")["embeddings"]
-    if not embeddings.isfinite().all():
-        raise RunError("embeddings are not finite: set precision: fp32 in hparams.yaml of a new run")
-    names = [str(paths[i].relative_to(args.images)) for i in readable]
+        embeddings, readable = embedder.embed(paths)
+    names = [str(path.relative_to(args.images)) for path in readable]
     write_npz(args.out, embeddings=embeddings.numpy(), paths=np.array(names))
-    log.info(f"* Wrote {args.out}: embeddings {tuple(embeddings.shape)}, paths ({len(names)},)")
+    log.info(f"* Wrote {args.out}: embeddings {tuple(embeddings.shape)}, paths ({len(names)},), device: {device}")
 
 
 @on_main_process

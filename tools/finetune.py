@@ -15,6 +15,7 @@ from torch import nn
 
 from backbones import stages_of
 from data import Images, balanced_subset, why_no_probe
+from emp_ssl import load_encoder
 from encode import batch_size
 from evaluate import Fit, accuracy, linear, linear_probe
 from experiment import Run, is_trained, stage_key
@@ -29,7 +30,6 @@ from infra.signals import Interrupted, hold_signals
 from model import fold_batch_norm
 from optimizers import build_optimizer, learning_rate, load_momenta
 from patches import sample_patches, sample_views
-from tools.export import load_encoder
 from tools.report import load
 from weights import build_encoder, load_strictly
 

@@ -2,18 +2,22 @@
 
 import json
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import RUN, edit, fingerprints, run
+from helpers import ONE_THREAD, RUN, edit, fingerprints, run
+from PIL import Image
 from torch import nn
 
+import emp_ssl
 from experiment import Run
 from infra import files
 from infra.device import generator
+from infra.errors import RunError, UsageError
 from tools import export
 from weights import build_encoder
 
@@ -107,7 +111,48 @@ def test_onnxruntime_agrees(request, tmp_path, run_folder):
             (ours,) = session.run(["features"], {"images": x[:n].numpy()})
             np.testing.assert_allclose(ours, expected[:n], rtol=0, atol=1e-4 * max(1, expected.abs().max()))
         assert (description["input_size"], description["dim"]) == (size, ours.shape[1])
-    assert {p.suffix for p in (exp_dir / "export").iterdir()} == {".onnx", ".json"}  # no weights beside it
+    assert {p.suffix for p in (exp_dir / "export").iterdir()} == {".onnx", ".json", ".py"}  # no weights beside it
+
+
+@pytest.mark.parametrize(("arch", "kind", "more"), [
+    ("resnet18-tiny", "torchvision", ()), ("resnet18-mini", "safetensors", ("--head",)), ("resnet18-tiny", "onnx", ("--head",)),
+    ("resnet50-imagenet", "torchvision", ("--head",)), ("timm/resnet10t", "torchvision", ("--head",)),
+    ("timm/vit_tiny_patch16_224", "safetensors", ()),
+])  # fmt: skip
+def test_the_code_beside_an_export_loads_it_without_this_program(tiny, images, tmp_path, arch, kind, more):
+    """Run as a user runs it, in a folder of its own, on an image of which it takes the middle."""
+    for module in [*export.PACKAGES[kind], *(["onnxruntime"] if kind == "onnx" else []), *(["timm"] if "timm" in arch else [])]:
+        pytest.importorskip(module)
+    options = ["--arch", arch, "--input_size", "32", "--n_epochs", "0", "--no-batch_norm", "--n_eval_epochs", "1"]
+    assert run(*tiny, *options, "--log_folder", tmp_path).code == 0
+    path, description = exported(tmp_path / RUN, kind, *more)
+    pixels = torchvision.io.read_image(images / "test" / "down" / "0.png")
+    wide = torchvision.transforms.functional.pad(pixels, [5, 0])  # (3, 16, 26)
+    torchvision.io.write_png(wide, tmp_path / "photo.png")
+    command = [sys.executable, path.with_name(f"{path.stem}_{kind}.py"), tmp_path / "photo.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    name, *features = done.stdout.replace("[", "").replace("]", "").replace(",", " ").split()
+    middle = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((32, 32), Image.Resampling.BILINEAR)
+    x = torchvision.transforms.functional.pil_to_tensor(middle)[None] / 127.5 - 1
+    expected = outputs(tmp_path / RUN, x)[bool(more)]
+    assert name == str(tmp_path / "photo.png") and len(features) == description["dim"]
+    torch.testing.assert_close(torch.tensor([[float(feature) for feature in features]]), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_encoder_in_python(finished, images, tmp_path):
+    """A text as the path of the run; a file that can't be read; images as a tensor."""
+    encoder, cached = emp_ssl.load(str(finished), "cpu"), files.load(finished / "artifacts" / "test.pt")["embeddings"]
+    names = [str(images / "test" / name / f"{i}.png") for name in ("across", "down") for i in range(5)]
+    (tmp_path / "no.png").write_bytes(b"no image")
+    embeddings, paths = encoder.embed([tmp_path / "no.png", *names])
+    assert [str(path) for path in paths] == names
+    pixels = torch.stack([torchvision.io.read_image(name) for name in names])
+    for found in (embeddings, encoder.embed_images(pixels)):
+        torch.testing.assert_close(found, cached, rtol=1e-5, atol=1e-6)
+    for wrong in ([], [tmp_path / "none.png"]):
+        with pytest.raises((UsageError, RunError)):
+            encoder.embed(wrong)
 
 
 def test_the_description_prepares_an_image_as_the_program_does(finished, images, tmp_path):

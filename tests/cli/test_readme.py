@@ -7,15 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torchvision
 import yaml
-from helpers import ROOT, RUN, run, write_images
+from helpers import ROOT, run, write_images
 
 import data
 from benchmarks import readme
 from infra.device import generator
 from patches import sample_patches
-from tools import export
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 README, GUIDE = PAGES[ROOT / "README.md"], PAGES[ROOT / "docs" / "guide.md"]
@@ -91,21 +89,19 @@ def test_the_shortest_run_from_the_shell(tmp_path):
     assert (tmp_path / "logs" / "EMP-SSL-Training" / "default__numpatch20_bs25_lr0.3" / "linear_accuracy.json").exists()
 
 
-def test_the_encoder_in_python_as_the_readme_has_it(tiny, tmp_path, monkeypatch):
-    """At most ten lines, run as they stand; the features are those of the run's own encoder."""
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "export/backbone.pt" in block)
-    assert len(code.splitlines()) <= 10
-    assert run(*tiny, "--arch", "resnet18-cifar", "--n_epochs", "0", "--log_folder", tmp_path).code == 0
-    assert run("export", "--exp_dir", tmp_path / RUN, "--format", "torchvision").code == 0
+def test_the_encoder_in_python_as_the_readme_has_it(finished, tmp_path, monkeypatch):
+    """Run as it stands; the embedding is that of the command embed."""
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S))
+    shutil.copytree(finished, tmp_path / EXP_DIR)
     write_images(tmp_path / "down", 1, 0)
-    shutil.copy(tmp_path / "down" / "0.png", tmp_path / RUN / "photo.png")
-    monkeypatch.chdir(tmp_path / RUN)
+    shutil.copy(tmp_path / "down" / "0.png", tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
     scope = {}
     exec(code, scope)
-    _, _, encoder = export.load_encoder(tmp_path / RUN)
-    image = torchvision.io.read_image("photo.png")
-    x = torch.nn.functional.interpolate(image[None] / 255, size=(32, 32), mode="bilinear", antialias=True)
-    torch.testing.assert_close(scope["features"], encoder.eval().backbone(2 * x - 1), rtol=1e-3, atol=1e-3)
+    assert run("embed", "--exp_dir", EXP_DIR, "--images", "down", "--out", "x.npz").code == 0
+    with np.load("x.npz") as content:
+        np.testing.assert_allclose(scope["embeddings"], content["embeddings"], rtol=1e-5, atol=1e-6)
+    assert [str(path) for path in scope["paths"]] == ["photo.png"]
 
 
 def titles_of(text):
