@@ -1,6 +1,7 @@
 """EMP-SSL: train an encoder without labels in about one pass over the data, encode the images, fit a linear probe."""
 
 import functools
+import os
 import shlex
 import sys
 from contextlib import nullcontext
@@ -54,6 +55,9 @@ def main(argv=None):
     except (RunError, UsageError) as error:  # all processes raise it; only the main one reports it
         log.error(error, exc_info=debug)
         return error.code
+    except BrokenPipeError:  # whoever read the output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the exit
+        return 1
     except Exception as error:
         log.error(explain(error), exc_info=debug, extra=EVERY_PROCESS)
         return 1
@@ -102,22 +106,22 @@ def run_stages(hp, run, device, bf16, rewrite):
 @distributed.on_main_process
 def probe_and_report(hp, run, encoded, device, bf16):
     """Fit the linear probe, if the images have labels, and print the results of all stages."""
-    class_names, result = run.fingerprints["class_names"], {}
+    class_names, signs, result = run.fingerprints["class_names"], encoded["train"].get("collapse", {}), {}
     seconds = {"training": run.checkpoint["state"]["seconds"], "encoding": sum(split["seconds"] for split in encoded.values())}
     missing = why_no_probe(class_names, "test" in encoded)
     if not missing:
         compute = functools.partial(fit_probe, hp, run, encoded, class_names, device, bf16)
         probe = run.cached(run.probe, run.key("probe"), compute)
-        result = {**probe["result"], **encoded["train"].get("collapse", {}), "key": probe["key"]}
+        result = {**probe["result"], **signs, "key": probe["key"]}
         run.write_result(result)
         seconds["probe"] = result["seconds"]
-    run.journal.finish(run.checkpoint["metrics_bytes"], result, seconds)
+    run.journal.finish(run.checkpoint["metrics_bytes"], result, seconds, signs)
 
     log_stage("Report")
     log.info(f"images           by {encoded['train']['n_views']} views each: {hp.eval_views}")
     log_result(result, missing)
-    if "collapse" in encoded["train"]:
-        log_collapse(encoded["train"]["collapse"])
+    if signs:
+        log_collapse(signs)
     log.info("seconds          " + "  ".join(f"{stage} {taken:.1f}" for stage, taken in seconds.items()))
     log.info(f"memory           {run.checkpoint['state']['peak_memory'] / 1e9:.2f} GB at most while training")
     log.info(f"files            {run.dir}")

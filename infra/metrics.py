@@ -113,8 +113,9 @@ class Journal:
             self.board.open(files.read_jsonl(self.metrics_path))
 
     @on_main_process
-    def finish(self, metrics_bytes, result, seconds):
-        """Record the result of the probe ({} if there is none) and the seconds per stage, unless that was done before."""
+    def finish(self, metrics_bytes, result, seconds, collapse):
+        """Record the result of the probe ({} if there is none), the seconds per stage and the signs of collapse, unless that was
+        done before."""
         launches, found = read_launches(self.launches_path), files.sealed(result)["checksum"] if result else None
         if launches and (launches[-1]["outcome"], launches[-1].get("result")) == ("finished", found):
             return
@@ -124,7 +125,8 @@ class Journal:
         if result and self.board:
             self.board.add_result(self.launch["hparams"], result)
         metrics = files.file_checksum(self.metrics_path)
-        self.write(outcome="finished", end=now(), seconds=seconds, result=found, metrics=metrics)
+        self.write(outcome="finished", end=now(), seconds=seconds, collapse=collapse, result=found,
+                   metrics=metrics)  # fmt: skip
 
     @on_main_process
     def add(self, **values):

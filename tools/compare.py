@@ -2,6 +2,8 @@
 
 import csv
 import io
+import shutil
+import textwrap
 from pathlib import Path
 
 from evaluate import METRICS
@@ -11,26 +13,28 @@ from infra import files
 from infra.console import log
 from infra.errors import UsageError
 
-ACCURACIES = ("top1", "top5", *METRICS)
-RESULTS = (*ACCURACIES, "seconds", "device", "status")
+ACCURACIES, SIGNS = ("top1", "top5", *METRICS), ("rank", "alignment", "uniformity")
+RESULTS = (*ACCURACIES, *SIGNS, "seconds", "device", "status")
 FINISHED, NO_PROBE = "finished", "finished, no probe"  # states of a run whose results count
 COMPARED = [name for name, setting in SETTINGS.items() if setting.stage != "none"]
+SHOWN = {"top1": 2, "knn_top1": 2, "rank": 1, "seconds": 0}  # columns for people, and their digits after the point
 
 
 def add_commands(commands):
     """Add the command compare."""
     parser = commands.add_parser("compare", help="the experiments of a folder as a table", description=(
-        "The experiments of a folder as a table: the settings in which they differ, accuracies in percent, seconds, device, and "
-        "whether they are finished."))  # fmt: skip
-    parser.add_argument("log_folder", type=Path, metavar="LOG_FOLDER", help="folder of run folders")
-    parser.add_argument("--csv", action="store_true", help="comma-separated values")
+        "The experiments of a folder as a table: accuracies in percent, effective rank, seconds, changed settings, and what is "
+        "not finished. Runs that differ in their seed alone are one line: their mean, and the range of top-1."))
+    parser.add_argument("log_folder", type=Path, metavar="LOG_FOLDER", help="folder of run folders, or of such folders")
+    parser.add_argument("--csv", action="store_true", help="comma-separated values: a line and all results for each run")
     parser.add_argument("--sort", metavar="KEY", help="sort by this column; accuracies descending (default: by name)")
     parser.set_defaults(command=compare_command)
 
 
 def compare_command(args):
     """Print the table."""
-    log.info((as_csv if args.csv else as_text)(*table(args.log_folder, args.sort)))
+    columns, rows = table(args.log_folder, args.sort)
+    log.info(as_csv(columns, rows) if args.csv else as_text(columns, rows, shutil.get_terminal_size().columns))
 
 
 def table(log_folder, sort=None):
@@ -39,10 +43,11 @@ def table(log_folder, sort=None):
     sort: a column; accuracies descending, others ascending, unknown values last. Default: by name. Raises UsageError if there
     is no experiment, or no such column.
     """
-    runs = [run for run in map(Run, sorted(Path(log_folder).glob("*"))) if is_run_folder(run)]
+    folder = Path(log_folder)
+    runs = run_folders(folder.glob("*")) or run_folders(folder.glob("*/*"))
     if not runs:
         raise UsageError(f"{log_folder} has no run folders: name the folder that they are in")
-    read = {run.dir.name: read_or_broken(run) for run in runs}
+    read = {str(run.dir.relative_to(folder)): read_or_broken(run) for run in runs}
     known = [hp for hp, _ in read.values() if hp]
     differing = [name for name in COMPARED if len({str(getattr(hp, name)) for hp in known}) > 1]
     columns, rows = ["experiment", *differing, *RESULTS], []
@@ -52,6 +57,10 @@ def table(log_folder, sort=None):
     if sort and sort not in columns:
         raise UsageError(f"sort {sort}: no such column; choose from {', '.join(columns)}")
     return columns, sorted_by(sort, rows) if sort else rows
+
+
+def run_folders(paths):
+    return [run for run in map(Run, sorted(paths)) if is_run_folder(run)]
 
 
 def sorted_by(column, rows):
@@ -79,7 +88,8 @@ def read_run(run):
     trained = [launch for launch in launches if "training" in launch.get("stages", ())]
     results = {"device": trained[-1].get("device") if trained else None, "status": status(run, hp)}
     if results["status"] in (FINISHED, NO_PROBE):
-        results |= {name: value for name, value in run.read_result().items() if name in ACCURACIES}
+        found = {**launches[-1].get("collapse", {}), **run.read_result()}
+        results |= {name: value for name, value in found.items() if name in (*ACCURACIES, *SIGNS)}
         results["seconds"] = round(sum(launches[-1]["seconds"].values()), 1)
     return hp, results
 
@@ -106,20 +116,56 @@ def progress(run):
     return f"epoch {lines[-1]['epoch']} step {lines[-1]['step']}" if lines else "no step yet"
 
 
-def text(column, value):
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.2f}" if column in ACCURACIES else f"{value:g}"
-    return str(value)
+def as_text(columns, rows, width=80):
+    """Return the table for people, as wide as a terminal. Finished runs that differ in their seed alone share a line."""
+    settings = [name for name in columns if name not in ("experiment", *RESULTS)]
+    lines = [["experiment", "runs", *SHOWN, "changed settings"]]
+    for group in grouped(rows, settings):
+        lines.append([short(group[0]["experiment"]), *cells(group), told(group, settings)])
+    shown = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
+    lines = [[line[i] for i in shown] for line in lines]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(shown) - 1)]
+    text = []
+    for line in lines:
+        start = "".join(cell.ljust(n + 2) for cell, n in zip(line, widths, strict=False))
+        text += textwrap.wrap(line[-1], max(width, len(start) + 20), initial_indent=start, subsequent_indent=" " * len(start),
+                              break_on_hyphens=False) or [start.rstrip()]  # fmt: skip
+    return "\n".join(text)
 
 
-def as_text(columns, rows, width=60):
-    """Return the table in aligned columns. Cells are cut to `width`, except those of the last column, the status."""
-    cells = [columns] + [[text(column, row.get(column)) for column in columns] for row in rows]
-    cells = [[cell if len(cell) <= width else cell[: width - 3] + "..." for cell in line[:-1]] + line[-1:] for line in cells]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns) - 1)]
-    return "\n".join("  ".join([cell.ljust(n) for cell, n in zip(line, widths, strict=False)] + line[-1:]) for line in cells)
+def grouped(rows, settings):
+    """Return lists of rows: finished ones with the same settings but for the seed, and each other one alone."""
+    groups = {}
+    for i, row in enumerate(rows):
+        same = [str(row.get(name)) for name in settings if name != "seed"]
+        groups.setdefault(tuple(same) if row["status"] in (FINISHED, NO_PROBE) else i, []).append(row)
+    return list(groups.values())
+
+
+def cells(group):
+    """Return the text of each column of SHOWN for runs that share a line: the means, and the range of top-1."""
+    texts = [str(len(group))]
+    for name, digits in SHOWN.items():
+        values = [row[name] for row in group if row.get(name) is not None]
+        text = f"{sum(values) / len(values):.{digits}f}" if values else ""
+        if name == "top1" and len(values) > 1:
+            text += f" ({min(values):.1f}-{max(values):.1f})"
+        texts.append(text)
+    return texts
+
+
+def told(group, settings):
+    """Return, as a text, the settings in which runs differ and that are not the default, and the status if it is not finished."""
+    row = group[0]
+    parts = [f"{name}={row[name]}" for name in settings if name in row and row[name] != SETTINGS[name].default
+             and (name != "seed" or len(group) == 1)]  # fmt: skip
+    return " ".join(parts + ([] if row["status"] == FINISHED else [f"({row['status']})"]))
+
+
+def short(name, width=30):
+    """Return the name of a run folder without the settings in it."""
+    name = name.partition("__numpatch")[0]
+    return name if len(name) <= width else name[: width - 3] + "..."
 
 
 def as_csv(columns, rows):

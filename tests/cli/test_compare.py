@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, edit, run
+from helpers import ROOT, RUN, edit, run, trained_with, write_images
 
 from experiment import Run
 from infra import files
@@ -59,10 +59,38 @@ def test_sorted_by_any_column_results_falling_and_unknown_ones_last(logs):
     assert (result.code, result.err.count("\n")) == (2, 1) and "knn_top1" in result.err
 
 
-def test_the_table_for_people_lines_up(logs):
+def test_the_table_for_people_fits_80_columns_and_has_what_is_changed_and_unfinished(logs, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     lines = run("compare", logs).out.splitlines()
-    at = lines[0].index("status")
-    assert [line[at:].split()[0].rstrip(",:") for line in lines[1:]] == ["finished", "finished", "broken", "edited", "unfinished"]
+    at = lines[0].index("changed settings")
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["experiment", "runs", "top1", "knn_top1", "rank", "seconds", "changed", "settings"]
+    starts = [line[at:].split()[0] for line in lines[1:] if line[0] != " "]
+    assert starts == ["n_eval_epochs=3", "n_eval_epochs=3", "(broken:", "n_eval_epochs=5", "n_eval_epochs=3"]
+    assert " ".join(line[at:] for line in lines).count("(edited since it finished (n_eval_epochs): resume it)") == 1
+
+
+def test_seeds_share_a_line_and_a_folder_of_log_folders_is_taken(tiny, tmp_path, monkeypatch):
+    """The mean and range, of runs that differ in the seed alone; not of one with another rate, or without labels."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for seed, options in ((1, ()), (2, ()), (3, ("--eval_lr", "1e-6"))):
+        assert run(*tiny, "--n_epochs", "1", "--seed", seed, *options, "--log_folder", tmp_path / "logs" / "one").code == 0
+    found = rows(tmp_path / "logs")
+    assert list(found) == [f"one/default__numpatch2_bs4_lr0.3_seed{seed}" for seed in (1, 2, 3)]
+    first, second, third = ({key: float(row[key]) for key in ("top1", "rank")} for row in found.values())
+    _, seeds, other = run("compare", tmp_path / "logs").out.splitlines()
+    low, high = sorted((first["top1"], second["top1"]))
+    assert seeds.split()[:4] == ["one/default", "2", f"{(low + high) / 2:.2f}", f"({low:.1f}-{high:.1f})"]
+    assert f"{(first['rank'] + second['rank']) / 2:.1f}" in seeds.split() and "seed=" not in seeds
+    assert other.split()[1:3] == ["1", f"{third['top1']:.2f}"] and other.endswith("seed=3 eval_lr=1e-06")
+
+
+def test_a_run_without_labels_has_its_signs_of_collapse(tiny, tmp_path):
+    write_images(tmp_path / "heap" / "a", 12, 0)
+    trained_with("--data_dir", tmp_path / "heap", "--log_folder", tmp_path / "logs", tiny=tiny, tmp_path=tmp_path)
+    (row,) = rows(tmp_path / "logs").values()
+    signs = files.load(tmp_path / "logs" / RUN / "artifacts" / "train.pt")["collapse"]
+    assert {name: float(row[name]) for name in signs} == signs and row["top1"] == "" and row["status"] == "finished, no probe"
 
 
 def test_a_run_that_is_in_use_is_running(logs):
@@ -103,4 +131,4 @@ def test_a_reader_that_leaves_early(logs):
     command = [sys.executable, ROOT / "main.py", "compare", logs]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
-    assert b"Traceback" not in process.stderr.read()
+    assert process.stderr.read() == b""
