@@ -30,7 +30,7 @@ from infra.device import arithmetic, configure, pick_device, pick_precision
 from infra.errors import RunError, UsageError, explain
 from infra.metrics import environment, git_commit
 from infra.signals import Interrupted, raise_signals
-from tools import cleanup, compare, dry_run, export, finetune, report
+from tools import cleanup, compare, dry_run, export, finetune, probe, report
 from train import train
 from weights import build_encoder
 
@@ -150,7 +150,7 @@ def log_collapse(signs):
 
 def parse(argv):
     """Return the arguments of a command line. args.command is the function to call."""
-    tools = (compare, report, export, finetune, cleanup)
+    tools = (compare, report, export, probe, finetune, cleanup)
     return cli.parse(argv, __doc__, [add_commands, *(tool.add_commands for tool in tools)])
 
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones import stages_of
-from data import Images, balanced_subset, why_no_probe
+from data import Images
 from emp_ssl import load_encoder
 from encode import batch_size
-from evaluate import Fit, accuracy, linear, linear_probe
-from experiment import Run, is_trained, stage_key
+from evaluate import accuracy, linear
+from experiment import Run, stage_key
 from hparams import Hparams, Setting
 from infra import distributed, files
 from infra.console import log, log_stage, progress
@@ -30,12 +30,11 @@ from infra.signals import Interrupted, hold_signals
 from model import fold_batch_norm
 from optimizers import build_optimizer, learning_rate, load_momenta
 from patches import sample_patches, sample_views
-from tools.report import load
+from tools.probe import FRACTION, few_labels, fit_few, load_embeddings
 from weights import build_encoder, load_strictly
 
 OPTIONS = (
-    Setting("label_fraction", float, False, 1.0, "data", "fraction of the training images whose labels are used, equally many of "
-            "each class", low=0, above=True, high=1),
+    FRACTION,
     Setting("n_epochs", int, False, 100, "encoder", "passes over these images", low=1, high=100_000),
     Setting("lr", float, False, 0.03, "encoder", "learning rate at the start; a cosine over all steps lowers it to 0", low=0,
             above=True),
@@ -98,17 +97,6 @@ def finetune_command(args):
         log_result(result, trial.folder)
 
 
-def load_embeddings(run, hp, checkpoint):
-    """Return {split: what artifacts/<split>.pt holds}. Raises UsageError unless the run is finished and has labels."""
-    missing = why_no_probe(checkpoint["data"]["class_names"], checkpoint["data"]["test"])
-    if missing:
-        raise UsageError(f"{run.dir} can't be fine-tuned: {missing}")
-    encoded = {split: load(path, stage_key(hp, checkpoint, "encode", split)) for split, path in run.artifacts.items()}
-    if not is_trained(hp, checkpoint) or not all(encoded.values()):
-        raise UsageError(f"{run.dir} is not finished, or was edited since: resume it first")
-    return encoded
-
-
 def plan(run, hp, checkpoint, device, args):
     """Return the Trial of a command line."""
     options = {option.name: getattr(args, option.name) for option in OPTIONS}
@@ -124,31 +112,25 @@ def plan(run, hp, checkpoint, device, args):
 def measure(trial, encoders, encoded, images):
     """Return the result: a dict with the accuracies of the encoders, {name: encoder}, fine-tuned, and of the linear probe."""
     labels, class_names = encoded["train"]["labels"], images.expected["class_names"]
-    n = round(trial.label_fraction * len(labels))
-    if n < len(class_names):
-        raise UsageError(f"label_fraction {trial.label_fraction:g} of {len(labels)} images is {n}, fewer than the "
-                         f"{len(class_names)} classes: raise it")  # fmt: skip
-    index = balanced_subset(labels, len(labels), n, generator(trial.hp.seed, "labels"))
+    index = few_labels(labels, trial.label_fraction, len(class_names), trial.hp.seed)
     trial.folder.mkdir(parents=True, exist_ok=True)
     for leftover in trial.folder.glob("*.tmp"):  # of a process that was killed
         leftover.unlink()
-    result = {"n_labels": n, "n_train": len(labels), "n_test": len(encoded["test"]["labels"])}
+    result = {"n_labels": len(index), "n_train": len(labels), "n_test": len(encoded["test"]["labels"])}
     for name, encoder in encoders.items():
         key = {**trial.key, "start": name}
         compute = functools.partial(train_and_score, trial, key, encoder, images, index)
         result[name] = trial.run.cached(trial.folder / f"{name}.pt", key, compute)["result"]
-    result["probe"] = probe(trial, encoded, index, len(class_names))
+    result["probe"] = probe(trial, encoded, index)
     return result
 
 
-def probe(trial, encoded, index, n_classes):
+def probe(trial, encoded, index):
     """Return the accuracies of the linear probe on the embeddings of the labelled images."""
     log_stage(f"Fitting a linear classifier to {len(index)} labels")
-    x, y, x_test, y_test = (encoded[split][name].to(trial.device) for split in encoded for name in ("embeddings", "labels"))
     hp = trial.hp
     n_epochs = max(hp.n_eval_epochs, int(hp.n_epochs))  # a pass over few labels is few steps: as many passes as fine-tuning has
-    fit = Fit(hp.eval_lr, n_epochs, seed=hp.seed, bf16=trial.bf16, standardize=hp.standardize)
-    result, _ = linear_probe(x[index], y[index], x_test, y_test, n_classes, fit)
+    result = fit_few(hp, encoded, index, n_epochs, trial.device, trial.bf16)
     return {name: result[name] for name in ("top1", "top5", "train_top1", "lr", "held_out")}
 
 

@@ -12,6 +12,7 @@ import torchvision
 from helpers import ROOT, RUN, contents, edit, fingerprints, refused, run, trained_with, write_images
 from torch import nn
 
+import data
 from data import Images
 from experiment import Run
 from hparams import Hparams
@@ -78,7 +79,7 @@ def test_the_weights_are_those_of_a_plain_loop_with_torch_and_torchvision(undist
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, nesterov=True, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
     labels = images["train"].labels
-    index = finetune.balanced_subset(labels, 24, 12, generator(42, "labels"))
+    index = data.balanced_subset(labels, 24, 12, generator(42, "labels"))
     assert labels[index].bincount().tolist() == [6, 6]
     for epoch in range(3):
         order = index[torch.randperm(12, generator=generator(42, "finetune-order", epoch))]
@@ -229,7 +230,7 @@ def test_wrong_options_give_one_line(finished, more, words):
 def test_a_run_without_labels_or_in_use_or_not_finished_is_refused(copy, tiny, tmp_path):
     write_images(tmp_path / "heap" / "a", 12, 0)
     trained_with("--data_dir", tmp_path / "heap", tiny=tiny, tmp_path=tmp_path)
-    assert refused(run("finetune", "--exp_dir", tmp_path / RUN, *OPTIONS), 2, "can't be fine-tuned: the images have no labels")
+    assert refused(run("finetune", "--exp_dir", tmp_path / RUN, *OPTIONS), 2, "with few labels: the images have no labels")
     with locked(Run(copy).lock):
         assert refused(run("finetune", "--exp_dir", copy, *OPTIONS), 1, "in use by process")
     (copy / "artifacts" / "test.pt").unlink()

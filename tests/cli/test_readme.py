@@ -70,7 +70,8 @@ def test_the_commands_that_take_seconds_run_as_they_stand(finished, tmp_path, mo
     write_images(tmp_path / "DIR", 3, 0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    assert {line.split()[2] for line in QUICK} == {"resume", "cleanup", "report", "compare", "export", "embed", "finetune"}
+    commands = {"resume", "cleanup", "report", "compare", "export", "embed", "probe", "finetune"}
+    assert {line.split()[2] for line in QUICK} == commands
     for line in QUICK:
         result = run(*line.split()[2:])
         assert result.code == 0, (line, result.err)
