@@ -30,11 +30,16 @@ class Fit(NamedTuple):
     standardize: bool = False  # shift and scale each dimension by its mean and deviation over the training rows
 
 
-def linear_probe(x, y, x_test, y_test, n_classes, fit=Fit(), progress=iter):  # noqa: B008, a tuple does not change
+def no_bar(epochs, title):
+    return epochs
+
+
+def linear_probe(x, y, x_test, y_test, n_classes, fit=Fit(), progress=no_bar):  # noqa: B008, a tuple does not change
     """Fit a linear layer to x (N, d), y (N,) and score it on all rows of x_test (M, d), y_test (M,) after each epoch.
 
     x float32, y int64, all on one device. fit: a Fit. If fit.lr is None, all of LRS are tried at once on nine tenths of x, the
-    best on the last tenth is taken, and the layer is fitted to all of x. progress: wraps the sequence of epochs.
+    best on the last tenth is taken, and the layer is fitted to all of x. progress(epochs, title) wraps
+    the sequence of epochs.
     Returns (result, layer). result: top1 and top5 of the last epoch, in percent, and train_top1, of x itself; best_top1 and
     best_epoch (from 0), chosen on the test set and therefore no fair estimate; per_epoch, a list of [top1, top5]; lr; and
     held_out, {lr: top-1 on the tenth}, empty if there was no choice.
@@ -48,7 +53,7 @@ def linear_probe(x, y, x_test, y_test, n_classes, fit=Fit(), progress=iter):  # 
     if lr is None:
         lr, held_out = choose_lr(x, y, n_classes, fit, progress)
     per_epoch = []
-    for (layer,) in softmax_regressions(x, y, [lr], n_classes, fit, progress):
+    for (layer,) in softmax_regressions(x, y, [lr], n_classes, fit, progress(range(fit.n_epochs), "linear probe")):
         per_epoch.append(accuracy(layer, x_test, y_test))
     best_epoch = max(range(fit.n_epochs), key=lambda epoch: per_epoch[epoch][0])
     top1, top5 = per_epoch[-1]
@@ -63,16 +68,18 @@ def choose_lr(x, y, n_classes, fit, progress):
     """Return the best of LRS on a tenth of x that the fit does not see, and {lr: top-1 on the tenth}."""
     order = to_device(torch.randperm(len(x), generator=generator(fit.seed, "held-out")), x.device)
     tenth, rest = order.split([len(x) // 10, len(x) - len(x) // 10])
-    (layers,) = collections.deque(softmax_regressions(x[rest], y[rest], LRS, n_classes, fit, progress), maxlen=1)  # the last
+    epochs = progress(range(fit.n_epochs), "linear probe, choice of its rate")
+    (layers,) = collections.deque(softmax_regressions(x[rest], y[rest], LRS, n_classes, fit, epochs), maxlen=1)  # the last
     held_out = {rate: accuracy(layer, x[tenth], y[tenth])[0] for rate, layer in zip(LRS, layers, strict=True)}
     return max(LRS, key=lambda rate: (held_out[rate], -abs(math.log(rate / AUTHORS_LR)))), held_out  # ties: nearest to AUTHORS_LR
 
 
 @torch.no_grad()
-def softmax_regressions(x, y, lrs, n_classes, fit, progress):
+def softmax_regressions(x, y, lrs, n_classes, fit, epochs):
     """Fit a linear layer for each of the L learning rates, all at once, as rows of one matrix.
 
-    The arguments are those of linear_probe. After each epoch, yields the layers (nn.Linear) in the order of lrs.
+    The arguments are those of linear_probe. epochs: range(fit.n_epochs). After each one, yields the layers (nn.Linear) in the
+    order of lrs.
     """
     L, C, d = len(lrs), n_classes, x.shape[1]
     x = F.pad(x.bfloat16() if fit.bf16 else x, (0, 1), value=1.0)  # (N, d + 1): the last column multiplies the bias
@@ -80,7 +87,7 @@ def softmax_regressions(x, y, lrs, n_classes, fit, progress):
     momentum = torch.zeros_like(W)
     rates, target = torch.tensor(lrs).repeat_interleave(C)[:, None], F.one_hot(y, C).float()
     rows, errors = torch.empty_like(x[: fit.bs]), x.new_empty(fit.bs, L, C)
-    for epoch in progress(range(fit.n_epochs)):
+    for epoch in epochs:
         step = to_device(-rates / 2 * (1 + math.cos(math.pi * epoch / fit.n_epochs)), x.device)  # (L C, 1)
         order = to_device(torch.randperm(len(x), generator=generator(fit.seed, "probe", epoch)), x.device)
         targets = target[order, None].split(fit.bs)  # (bs, 1, C) each
@@ -139,7 +146,7 @@ def fit_probe(hp, run, encoded, class_names, device, bf16):
     start = time.monotonic()
     tensors = [encoded[split][name].to(device) for split in ("train", "test") for name in ("embeddings", "labels")]
     fit = Fit(hp.eval_lr, hp.n_eval_epochs, seed=hp.seed, bf16=bf16, standardize=hp.standardize)
-    bar = functools.partial(progress, desc="linear probe", every=hp.print_freq, unit="epochs")
+    bar = functools.partial(progress, every=hp.print_freq, unit="epochs")
     result, layer = linear_probe(*tensors, len(class_names), fit, bar)
     if not layer.weight.isfinite().all():
         raise RunError(f"the weights of the linear probe are not finite with eval_lr {result['lr']:g}: lower eval_lr in "

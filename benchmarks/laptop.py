@@ -3,6 +3,7 @@
     python -m benchmarks.laptop      # draws pictures/laptop.png
 """
 
+import argparse
 import statistics
 
 from benchmarks.common import ROOT
@@ -86,6 +87,7 @@ def figure():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     path = ROOT / "pictures" / "laptop.png"
     figure().savefig(path, dpi=100, facecolor="white")
     print(path)

@@ -180,7 +180,7 @@ def decode_with_processes(file, paths, image_size):
     decode = functools.partial(decode_each, image_size=image_size, store=functools.partial(write_image, file))
     digests, failures = {}, {}
     # Processes, not threads: Python's lock makes two threads half as fast as one.
-    bar = progress_bar(None, "decode", total=len(paths))
+    bar = progress_bar(None, f"decode {Path(os.path.commonpath(paths)).name}", total=len(paths))
     workers = ProcessPoolExecutor(mp_context=PROCESSES, initializer=start_worker, initargs=(os.getpid(),))
     with hold_signals() as signals, bar, workers as pool:
         try:

@@ -345,7 +345,7 @@ def instrument(device):
         with _disable_current_modes():
             return function(path)
 
-    for name in ("report", "save_checkpoint", "quick_evaluation"):
+    for name in ("report", "show", "save_checkpoint", "quick_evaluation"):
         wrap(train, name, other)
     for module in (encode, quick):
         wrap(module, "collapse_signs", aside)

@@ -83,7 +83,7 @@ def results(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
     todo = json.dumps(scenarios(images, folder / "logs"))
     command, env = [sys.executable, "-m", "tests.simulated_cuda", folder], {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, input=todo, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+    done = subprocess.run(command, input=todo, capture_output=True, text=True, cwd=ROOT, env=env, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return {result["name"]: result for result in map(json.loads, done.stdout.splitlines())}
 
