@@ -6,11 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import ROOT
 
 import main
 import train
-from benchmarks import laptop, rows, study, tables
+from benchmarks import laptop, method, rows, study, tables
+from infra.device import generator
+from patches import sample_patches
+from textures import make_textures
 
 
 @pytest.fixture
@@ -122,3 +126,14 @@ def test_the_curve_and_its_table_show_the_results(tmp_path, monkeypatch):
     figure = laptop.figure()
     drawn = [line.get_xydata().tolist() for line in figure.axes[0].lines if line.get_marker() in ("o", "s", "D")]
     assert [[13, 64], [13, 81]] in drawn and [[35, 60]] in drawn
+
+
+def test_the_figure_of_the_method_has_the_patches_that_training_would_see():
+    pytest.importorskip("matplotlib")
+    (axes,) = method.figure().axes
+    shown = [torch.as_tensor(image.get_array()) for image in axes.get_images()]
+    assert len(shown) == method.B * (1 + method.P)
+    images = make_textures(20, generator(method.SEED, "method"))[0][list(method.CHOSEN)]
+    x = sample_patches(images, method.P, generator(method.SEED, "patches"), 32)
+    torch.testing.assert_close(shown[0], images[0].permute(1, 2, 0) / 255)
+    torch.testing.assert_close(shown[1], (x[0, 0].permute(1, 2, 0) + 1) / 2)
