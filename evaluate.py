@@ -14,8 +14,8 @@ from infra.console import log_stage, progress
 from infra.device import generator, to_device
 from infra.errors import RunError
 
-AUTHORS_LR = 0.0075
-LRS = (0.00075, 0.0025, AUTHORS_LR, 0.025, 0.075, 0.25)
+PROBE_LR = 0.0075  # where too few images are there to choose one of LRS
+LRS = (0.00075, 0.0025, PROBE_LR, 0.025, 0.075, 0.25)
 
 
 class Fit(NamedTuple):
@@ -49,7 +49,7 @@ def linear_probe(x, y, x_test, y_test, n_classes, fit=Fit(), progress=no_bar):  
         x, x_test = (x - mean) * scale, (x_test - mean) * scale
     lr, held_out = fit.lr, {}
     if lr is None and len(x) < 10:
-        lr = AUTHORS_LR
+        lr = PROBE_LR
     if lr is None:
         lr, held_out = choose_lr(x, y, n_classes, fit, progress)
     per_epoch = []
@@ -71,7 +71,7 @@ def choose_lr(x, y, n_classes, fit, progress):
     epochs = progress(range(fit.n_epochs), "linear probe, choice of its rate")
     (layers,) = collections.deque(softmax_regressions(x[rest], y[rest], LRS, n_classes, fit, epochs), maxlen=1)  # the last
     held_out = {rate: accuracy(layer, x[tenth], y[tenth])[0] for rate, layer in zip(LRS, layers, strict=True)}
-    return max(LRS, key=lambda rate: (held_out[rate], -abs(math.log(rate / AUTHORS_LR)))), held_out  # ties: nearest to AUTHORS_LR
+    return max(LRS, key=lambda rate: (held_out[rate], -abs(math.log(rate / PROBE_LR)))), held_out  # ties: nearest to PROBE_LR
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import loss
 from benchmarks.common import ROOT
 from benchmarks.study import read_run
 from encode import Output, encode
-from evaluate import AUTHORS_LR, LRS, Fit, softmax_regressions
+from evaluate import PROBE_LR, LRS, Fit, softmax_regressions
 from hparams import Hparams
 from infra.device import generator, peak_memory
 from infra.errors import RunError
@@ -271,7 +271,7 @@ def parts(task):
         p.grad = torch.randn_like(p)
     functions["LARS step"] = optimizer.step
     x, y = torch.randn(s.n_probe, s.h_dim, device=device).relu(), torch.randint(N_CLASSES, (s.n_probe,), device=device)
-    for lrs in ((AUTHORS_LR,), LRS):
+    for lrs in ((PROBE_LR,), LRS):
         epochs = softmax_regressions(x, y, lrs, N_CLASSES, Fit(n_epochs=1000, bf16=True), iter)
         functions[f"epoch of the probe, learning rates: {len(lrs)}"] = functools.partial(next, epochs)
     for function in functions.values():

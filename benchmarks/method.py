@@ -52,7 +52,7 @@ def figure():
 def show(axes, pixels, left, bottom, size, colour):
     """Show pixels (3, H, W) in [0, 1] with a frame."""
     extent = (left, left + size, bottom, bottom + size)
-    axes.imshow(pixels.permute(1, 2, 0), extent=extent, interpolation="nearest", zorder=1)
+    axes.imshow(pixels.permute(1, 2, 0).numpy(), extent=extent, interpolation="nearest", zorder=1)
     frame(axes, left, bottom, size, size, edgecolor=colour, linewidth=1.5)
 
 
