@@ -19,7 +19,7 @@ import loss
 from benchmarks.common import ROOT
 from benchmarks.study import read_run
 from encode import Output, encode
-from evaluate import PROBE_LR, LRS, Fit, softmax_regressions
+from evaluate import LRS, PROBE_LR, Fit, softmax_regressions
 from hparams import Hparams
 from infra.device import generator, peak_memory
 from infra.errors import RunError
