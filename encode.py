@@ -140,8 +140,8 @@ def encode_split(hp, run, encoder, images, split, bf16):
     if image_set.labels is not None:
         encoded["labels"] = image_set.labels
     encoded |= images.rows(split)
-    if split == "test" and run.journal.board:
-        show_embeddings(run.journal.board, encoded["embeddings"], image_set, hp.seed)
+    if split == run.splits[-1] and run.journal.board:
+        show_embeddings(run.journal.board, split, encoded["embeddings"], image_set, hp.seed)
     return encoded
 
 
@@ -156,9 +156,9 @@ def collapse_signs(hp, encoder, image_set, bf16):
 
 
 @distributed.on_main_process
-def show_embeddings(board, embeddings, image_set, seed, n=1000):
+def show_embeddings(board, split, embeddings, image_set, seed, n=1000):
     """Send up to n embeddings to TensorBoard, with their images and the names of their classes."""
     images, labels, class_names = image_set
     some = balanced_subset(labels, len(images), min(n, len(images)), generator(seed, "projector"))
     names = ["" if labels is None else class_names[labels[i]] for i in some]
-    board.add_embeddings(embeddings[some], subset(images, some)[:], names)
+    board.add_embeddings(split, embeddings[some], subset(images, some)[:], names)

@@ -15,6 +15,7 @@ from infra.device import generator, to_device
 from infra.errors import RunError
 
 PROBE_LR = 0.0075  # where too few images are there to choose one of LRS
+MOST_CLASSES = 200  # for a confusion matrix in the result; of 1,000 it has a million numbers
 LRS = (0.00075, 0.0025, PROBE_LR, 0.025, 0.075, 0.25)
 
 
@@ -41,8 +42,9 @@ def linear_probe(x, y, x_test, y_test, n_classes, fit=Fit(), progress=no_bar):  
     best on the last tenth is taken, and the layer is fitted to all of x. progress(epochs, title) wraps
     the sequence of epochs.
     Returns (result, layer). result: top1 and top5 of the last epoch, in percent, and train_top1, of x itself; best_top1 and
-    best_epoch (from 0), chosen on the test set and therefore no fair estimate; per_epoch, a list of [top1, top5]; lr; and
-    held_out, {lr: top-1 on the tenth}, empty if there was no choice.
+    best_epoch (from 0), chosen on the test set and therefore no fair estimate; per_epoch, a list of [top1, top5];
+    confusion, confusion_matrix of the last epoch as a list of lists; lr; and held_out, {lr: top-1 on the tenth}, empty if there
+    was no choice.
     """
     if fit.standardize:
         mean, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-6).reciprocal()
@@ -57,11 +59,13 @@ def linear_probe(x, y, x_test, y_test, n_classes, fit=Fit(), progress=no_bar):  
         per_epoch.append(accuracy(layer, x_test, y_test))
     best_epoch = max(range(fit.n_epochs), key=lambda epoch: per_epoch[epoch][0])
     top1, top5 = per_epoch[-1]
+    confusion = confusion_matrix(y_test, ranked(layer, x_test)[:, 0], n_classes).tolist()
     best = {"train_top1": accuracy(layer, x, y)[0], "best_top1": per_epoch[best_epoch][0], "best_epoch": best_epoch}
     if fit.standardize:  # the layer takes x as it was given
         weight = layer.weight * scale
         layer = linear(weight, layer.bias - weight @ mean)
-    return {"top1": top1, "top5": top5, **best, "per_epoch": per_epoch, "lr": lr, "held_out": held_out}, layer
+    result = {"top1": top1, "top5": top5, **best, "per_epoch": per_epoch, "confusion": confusion, "lr": lr, "held_out": held_out}
+    return result, layer
 
 
 def choose_lr(x, y, n_classes, fit, progress):
@@ -111,12 +115,29 @@ def linear(weight, bias):
 
 
 @torch.no_grad()
+def ranked(layer, x):
+    """Return the five classes with the greatest logits, or all if they are fewer: int64 (M, 5)."""
+    logits = layer(x)
+    return logits.topk(min(5, logits.shape[1])).indices
+
+
 def accuracy(layer, x, y):
     """Return [top-1, top-5] in percent. With fewer than five classes top-5 counts all of them."""
-    logits = layer(x)
-    ranked = logits.topk(min(5, logits.shape[1])).indices  # (M, 5)
-    hits = ranked == y[:, None]
+    hits = ranked(layer, x) == y[:, None]  # (M, 5)
     return [100 * hits[:, 0].sum().item() / len(y), 100 * hits.sum().item() / len(y)]
+
+
+def confusion_matrix(truth, predicted, n_classes):
+    """Return int64 (n_classes, n_classes): how many images of a class, the row, were taken for a class, the column."""
+    pairs = (truth * n_classes + predicted).cpu()
+    return torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)
+
+
+def per_class(confusion, class_names):
+    """Return {class name: top-1 in percent} of a confusion matrix, a list of lists; None for a class without test images."""
+    totals = [sum(row) for row in confusion]
+    return {name: 100 * row[i] / n if n else None
+            for i, (name, row, n) in enumerate(zip(class_names, confusion, totals, strict=True))}  # fmt: skip
 
 
 @torch.no_grad()
@@ -151,6 +172,9 @@ def fit_probe(hp, run, encoded, class_names, device, bf16):
     if not layer.weight.isfinite().all():
         raise RunError(f"the weights of the linear probe are not finite with eval_lr {result['lr']:g}: lower eval_lr in "
                        f"hparams.yaml, then resume")  # fmt: skip
+    result["per_class"] = per_class(result["confusion"], class_names)
+    if len(class_names) > MOST_CLASSES:
+        del result["confusion"]
     result |= {name: metric(*tensors, len(class_names)) for name, (_, metric) in METRICS.items()}
     result |= {"n_train": len(tensors[0]), "n_test": len(tensors[2]), "seconds": time.monotonic() - start}
     return {**layer.state_dict(), "class_names": class_names, "result": result}

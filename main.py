@@ -136,6 +136,10 @@ def log_result(result, missing):
     chosen = " chosen on a tenth of the training images" if result["held_out"] else ""
     log.info(f"                 learning rate {result['lr']:g}{chosen}")
     log.info(f"                 top-1 {result['train_top1']:.2f}%  of the training images themselves")
+    classes = sorted((top1, name) for name, top1 in result.get("per_class", {}).items() if top1 is not None)
+    if len(classes) > 1:
+        (low, worst), (high, best) = classes[0], classes[-1]
+        log.info(f"                 top-1 {low:.2f}% ({worst}) to {high:.2f}% ({best}), by class")
     log.info(f"                 top-1 {result['best_top1']:.2f}%  best epoch ({result['best_epoch']}), chosen on the test images")
     for name, (title, _) in METRICS.items():
         log.info(f"{title:16} top-1 {result[name]:.2f}%")

@@ -29,7 +29,7 @@ def draw_patches(hp, image_set, path):
     left, right = as_picture(whole, 1), as_picture((x.transpose(0, 1).flatten(0, 1) + 1) / 2, n)
     gap = left.width // 3
     picture = Image.new("RGB", (left.width + gap + right.width, left.height + HEADER), "white")
-    for part, place, title in ((left, 0, "image"), (right, left.width + gap, "patches as the network sees them")):
+    for part, place, title in ((left, 0, "image"), (right, left.width + gap, "patches")):
         picture.paste(part, (place, HEADER))
         ImageDraw.Draw(picture).text((place + 2, 2), title, "black")
     with files.atomic_write(path) as file:

@@ -87,7 +87,7 @@ def draw(exp_dir, folder=ROOT / "pictures", results=RESULTS):
     test, class_names = files.load(run.artifacts["test"]), files.load(run.probe)["class_names"]
     pictures = {
         "patches": Image.open(run.patches).convert("RGB").reduce(2),  # it is enlarged twice
-        "curves": beside([as_picture(figure) for figure, text in report.curves(run) if text.startswith(CURVES)]),
+        "curves": beside([as_picture(figure) for figure, text, _ in report.curves(run) if text.startswith(CURVES)]),
         "map": as_picture(report.map_figure(test["embeddings"], test["labels"], class_names)),
     }
     folder.mkdir(exist_ok=True)

@@ -224,8 +224,8 @@ class Board:
         self.writer.flush()
 
     @decoration
-    def add_embeddings(self, embeddings, images, names, n_dims=50):
-        """Show embeddings (n, d) in the tab PROJECTOR, with their uint8 images (n, 3, H, W) and a name each.
+    def add_embeddings(self, split, embeddings, images, names, n_dims=50):
+        """Show embeddings (n, d) of a split in the tab PROJECTOR, with uint8 images (n, 3, H, W) and a name each.
 
         Only the first n_dims principal components: TensorBoard stores text, and 1,000 x 4,096 numbers would be 50 MB.
         """
@@ -235,4 +235,4 @@ class Board:
         components = torch.linalg.svd(x, full_matrices=False).Vh[:n_dims]
         sprites = F.interpolate(images.float() / 255, size=(32, 32), mode="bilinear", antialias=True)
         (self.folder / "projector_config.pbtxt").unlink(missing_ok=True)  # add_embedding appends to it
-        self.writer.add_embedding(x @ components.T, names, sprites, tag="test")
+        self.writer.add_embedding(x @ components.T, names, sprites, tag=split)

@@ -3,19 +3,17 @@
 This file gathers what the page shows; report.html is its jinja2 template.
 """
 
-import base64
 import importlib.util
 import io
+import math
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from data import Images, balanced_subset
-from evaluate import METRICS
+from evaluate import METRICS, PROBE_LR, Fit, confusion_matrix, linear_probe, per_class
 from experiment import Run, stage_key
 from hparams import SETTINGS, yaml_value
 from infra import files
@@ -24,22 +22,19 @@ from infra.device import generator
 from infra.errors import RunError, UsageError
 from infra.metrics import read_png
 from tools.compare import FINISHED, NO_PROBE, status
-from tools.figures import INK, axes, confusion_figure, confusion_matrix, drawing, map_figure
+from tools.figures import INK, N_MAP, axes, classes_figure, confusion_figure, drawing, map_figure
+from tools.gallery import Picture, confused_pairs, data_uri, neighbours, overview
 
 THEME = "<style>svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}}</style>"
-CURVES = {"loss_sim": "invariance loss", "loss_uniformity": "uniformity loss", "grad_norm": "norm of the gradient",
-          "lr": "learning rate", "patches_per_second": "patches per second", "knn_top1": "20-NN while training, %",
-          "top1": "linear probe, %"}  # fmt: skip
+CURVES = {  # of metrics.jsonl: title, and what is good
+    "loss_sim": ("invariance loss", "lower is better, -1 at best"), "loss_uniformity": ("uniformity loss", "lower is better"),
+    "grad_norm": ("norm of the gradient", ""), "lr": ("learning rate", ""), "patches_per_second": ("patches per second", ""),
+    "knn_top1": ("20-NN while training, %", "higher is better"), "rank": ("effective rank", "below 5: collapsed"),
+    "alignment": ("alignment", "lower is better"), "uniformity": ("uniformity", "lower is better; near 0: collapsed"),
+    "top1": ("linear probe, %", "higher is better"),
+}  # fmt: skip
 
-UNSHOWN = ("hparams", "result", "metrics", "checksum")  # entries of a launch that are of no interest to a reader
-
-
-class Picture(NamedTuple):
-    """An <img> of the page."""
-
-    src: str  # a data: URI
-    alt: str
-    mark: str = ""  # right, wrong or nothing: the colour of its border
+UNSHOWN = ("hparams", "result", "metrics", "collapse", "checksum")  # entries of a launch that are of no interest to a reader
 
 
 def add_commands(commands):
@@ -131,8 +126,8 @@ def page(run, hp, checkpoint, image_sets, missing):
     context = {
         "name": run.dir.resolve().name, "hp": hp, "status": state, "result": result, "missing": missing, "lost": lost,
         "no_probe": state == NO_PROBE,
-        "accuracies": accuracies(result) if result else [],
-        "curves": [svg(figure, alt) for figure, alt in curves(run)] if str(run.metrics) not in lost else [],
+        "accuracies": accuracies(hp, result, image_sets) if result else [],
+        "curves": [svg(*drawn) for drawn in curves(run)] if str(run.metrics) not in lost else [],
         "patches": patches(run),
         "seconds": [(stage, f"{taken:.1f}") for stage, taken in seconds.items()],
         "seconds_figure": bars(seconds),
@@ -146,32 +141,66 @@ def page(run, hp, checkpoint, image_sets, missing):
 
 
 def of_embeddings(hp, encoded, image_sets, probe):
-    """Return what the page shows of the embeddings: map, confusions and neighbours, of the test images if there are any."""
+    """Return what the page shows of the embeddings: signs of collapse and an overview of the training images; map, confusions and
+    neighbours of the test images, if there are any."""
     split = "test" if "test" in encoded else "train"
     embeddings, labels = encoded[split]["embeddings"], encoded[split].get("labels")
     class_names = probe.get("class_names") or (image_sets[split].class_names if image_sets[split] else [])
-    context = {"class_names": class_names}
+    context = {"class_names": class_names, "collapse": encoded["train"].get("collapse"), "split": split}
     if len(embeddings) > 2:
         figure = map_figure(embeddings, labels if class_names else None, class_names)
-        context["map"] = svg(figure, f"t-SNE map of the embeddings of {split} images")
+        context["map"] = svg(figure, f"t-SNE map of the embeddings of {split} images", bbox_inches="tight")
+        context["n_map"] = min(N_MAP, len(embeddings))
     if probe:
         predicted = (embeddings @ probe["weight"].T + probe["bias"]).argmax(1)
         matrix = confusion_matrix(labels, predicted, len(class_names))
         figure = confusion_figure(matrix, class_names)
         context["confusion"] = svg(figure, "confusion matrix of the linear probe on the test images")
+        found = {name: top1 for name, top1 in per_class(matrix.tolist(), class_names).items() if top1 is not None}
+        context["classes"] = svg(classes_figure(found), "accuracy of each class, in percent: " + ", ".join(
+            f"{name} {top1:.1f}" for name, top1 in found.items()))  # fmt: skip
         context["pairs"] = confused_pairs(matrix, labels, predicted, class_names, image_sets["test"])
     if image_sets[split]:
         context["neighbours"] = neighbours(encoded, image_sets, split, hp.seed)
+        context["overview"] = overview(encoded["train"], image_sets["train"], hp.seed)
     return context
 
 
-def accuracies(result):
-    best = f"linear probe, best epoch ({result['best_epoch']}), chosen on the test images"
-    own = "linear probe, top-1, of the training images themselves"
-    return [("linear probe, top-5", f"{result['top5']:.2f}%"), (own, f"{result['train_top1']:.2f}%"),
-            (best, f"{result['best_top1']:.2f}%"),
-            *((f"{title}, top-1", f"{result[name]:.2f}%") for name, (title, _) in METRICS.items()),
-            ("images", f"{result['n_train']} train, {result['n_test']} test")]  # fmt: skip
+def accuracies(hp, result, image_sets):
+    """Return the rows of the table below the accuracy."""
+    low, high = wilson(result["top1"], result["n_test"])
+    rows = [("95% interval, by the number of test images", f"{low:.2f}% to {high:.2f}%"), ("top-5", f"{result['top5']:.2f}%"),
+            ("of the training images themselves", f"{result['train_top1']:.2f}%"),
+            (f"best epoch ({result['best_epoch']}), chosen on the test images", f"{result['best_top1']:.2f}%")]  # fmt: skip
+    rows += [(f"{title}, top-1", f"{result[name]:.2f}%") for name, (title, _) in METRICS.items()]
+    if all(image_sets.values()):
+        test = image_sets["test"]
+        chance = 100 * test.labels.bincount().max().item() / len(test.labels)
+        top1, n, size = raw_pixels(image_sets, hp.seed)
+        rows += [("always the largest class", f"{chance:.2f}%"),
+                 (f"a linear layer on the pixels ({size} x {size}) of {n:,} training images", f"{top1:.2f}%")]  # fmt: skip
+    rows.append(("an untrained encoder", "the command below with --n_epochs 0 and another --exp_name"))
+    return [*rows, ("images", f"{result['n_train']:,} train, {result['n_test']:,} test")]
+
+
+def wilson(percent, n, z=1.96):
+    """Return the 95% confidence interval, in percent, of a share of n. Source: Wilson, 1927 (the score interval)."""
+    p = percent / 100
+    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return 100 * (middle - half), 100 * (middle + half)
+
+
+def raw_pixels(image_sets, seed, n=5000):
+    """Return (top-1 in percent of a linear layer on the pixels, number of training images, at most n, pixels of a side)."""
+    tensors = []
+    for image_set, most in ((image_sets["train"], n), (image_sets["test"], 2 * n)):
+        N = len(image_set.images)
+        rows = balanced_subset(image_set.labels, N, min(N, most), generator(seed, "raw pixels"))
+        pixels = torch.cat([F.adaptive_avg_pool2d(image_set.images[part].float(), min(32, image_set.images.shape[-1]))
+                            for part in rows.split(100)])  # fmt: skip
+        tensors += [pixels.flatten(1) / 127.5 - 1, image_set.labels[rows]]
+    result, _ = linear_probe(*tensors, len(image_sets["train"].class_names), Fit(PROBE_LR, n_epochs=20, seed=seed))
+    return result["top1"], len(tensors[0]), pixels.shape[-1]
 
 
 def launch_rows(launch):
@@ -179,25 +208,13 @@ def launch_rows(launch):
     return [(name, ", ".join(value) if isinstance(value, list) else value) for name, value in shown.items()]
 
 
-def data_uri(content, kind):
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def svg(figure, alt):
+def svg(figure, alt, note="", **options):
     """Return a figure as an SVG Picture in the colours of the reader's theme."""
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, bbox_inches="tight")
+    figure.savefig(out, format="svg", transparent=True, **options)
     text = out.getvalue().replace(INK, "currentColor")
     start = text.index(">", text.index("<svg")) + 1
-    return Picture(data_uri((text[:start] + THEME + text[start:]).encode(), "svg+xml"), alt)
-
-
-def thumb(pixels, alt, mark=""):
-    """Return a small Picture of an image uint8 (3, H, W)."""
-    picture, out = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
-    picture.thumbnail((64, 64))
-    picture.save(out, "PNG")
-    return Picture(data_uri(out.getvalue(), "png"), alt, mark)
+    return Picture(data_uri((text[:start] + THEME + text[start:]).encode(), "svg+xml"), alt, note=note)
 
 
 def patches(run):
@@ -208,16 +225,16 @@ def patches(run):
 
 
 def curves(run):
-    """Return (figure, its alternative text) of each curve in metrics.jsonl."""
+    """Return (figure, its alternative text, what is good) of each curve in metrics.jsonl; all have the same size."""
     rows, drawn = files.read_jsonl(run.metrics), []
-    for name, title in CURVES.items():
+    for name, (title, good) in CURVES.items():
         x, x_label = ("probe_epoch", "epoch of the probe") if name == "top1" else ("global_step", "step")
         points = [(row[x], row[name]) for row in rows if isinstance(row.get(name), (int, float)) and isinstance(row.get(x), int)]
         if points:
             figure, ax = axes(3.4, 2.1, title)
             ax.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
             ax.set_xlabel(x_label)
-            drawn.append((figure, f"{title}: {points[0][1]:.4g} at first, {points[-1][1]:.4g} at last"))
+            drawn.append((figure, f"{title}: {points[0][1]:.4g} at first, {points[-1][1]:.4g} at last", good))
     return drawn
 
 
@@ -230,41 +247,3 @@ def bars(seconds):
     ax.invert_yaxis()
     ax.set_xlabel("seconds")
     return svg(figure, "seconds per stage: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in seconds.items()))
-
-
-def confused_pairs(matrix, truth, predicted, class_names, test_set, n_pairs=8, n_examples=6):
-    """Return a dict for each of the pairs of classes that are confused most: its text, and examples, a list of Pictures."""
-    wrong, pairs = matrix.clone().fill_diagonal_(0), []
-    for place in wrong.flatten().argsort(descending=True, stable=True)[:n_pairs].tolist():
-        i, j = divmod(place, len(class_names))
-        if wrong[i, j] == 0:
-            break
-        taken = f"{class_names[i]}, taken for {class_names[j]}"
-        rows = ((truth == i) & (predicted == j)).nonzero().flatten()[:n_examples]
-        examples = [thumb(pixels, taken) for pixels in test_set.images[rows]] if test_set else []
-        pairs.append({"text": f"{taken}: {int(wrong[i, j])} of {int(matrix[i].sum())}", "examples": examples})
-    return pairs
-
-
-def neighbours(encoded, image_sets, split, seed, n_queries=10, n_neighbours=8):
-    """Return a dict for each of ten images: query, its class name, and near, the training images that are nearest by cosine."""
-    queries, others = encoded[split]["embeddings"], encoded["train"]["embeddings"]
-    query_set, train_set = image_sets[split], image_sets["train"]
-    chosen = balanced_subset(query_set.labels, len(queries), min(n_queries, len(queries)), generator(seed, "report"))
-    cosine = F.normalize(queries[chosen], dim=1) @ F.normalize(others, dim=1).T  # (n_queries, N)
-    if split == "train":
-        cosine[torch.arange(len(chosen)), chosen] = -2  # an image is no neighbour of itself
-    lines = []
-    for query, nearest in zip(chosen, cosine.topk(min(n_neighbours, len(others) - (split == "train"))).indices, strict=True):
-        truth, near = name_of(query_set, query), []
-        for pixels, name in zip(train_set.images[nearest], [name_of(train_set, i) for i in nearest], strict=True):
-            mark = "" if truth is None else "right" if name == truth else "wrong"
-            near.append(thumb(pixels, f"neighbour: {name or 'no label'}", mark))
-        (pixels,) = query_set.images[query[None]]
-        lines.append({"query": thumb(pixels, truth or "no label"), "name": truth or "", "near": near})
-    return lines
-
-
-def name_of(image_set, i):
-    """Return the class name of image i, None if the images have no labels."""
-    return None if image_set.labels is None else image_set.class_names[image_set.labels[i]]

@@ -1,16 +1,20 @@
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import ROOT, changed_files, edit, fingerprints, run, write_images
 
+import main
 from infra import files
-from tools import report
+from tools import gallery, report
 
 
 class Page(HTMLParser):
@@ -51,12 +55,17 @@ def test_a_finished_run(copy):
     assert changed_files(copy, before) == {"report.html"}
     accuracy = files.read_json(copy / "linear_accuracy.json")
     assert f"{accuracy['top1']:.2f}%" in page.text and f"{accuracy['knn_top1']:.2f}%" in page.text
-    titles = ["Curves", "Patches", "Map of the embeddings", "Confusions", "Nearest neighbours", "Seconds per stage", "Settings",
-              "Environment"]  # fmt: skip
+    titles = ["Curves", "Patches", "Map of the embeddings", "Confusions", "Nearest neighbours", "Overview of the training images",
+              "Seconds per stage", "Settings", "Environment"]  # fmt: skip
     assert [line for line in page.text.splitlines() if line in titles] == titles
     alts = " ".join(image["alt"] for image in page.images)
-    for words in ("invariance loss", "linear probe, %", "t-SNE", "confusion matrix", "seconds per stage: training", "a row each"):
+    for words in ("invariance loss", "linear probe, %", "t-SNE", "confusion matrix", "seconds per stage: training", "a row each",
+                  "accuracy of each class, in percent: across"):
         assert words in alts
+    signs = files.load(copy / "artifacts" / "train.pt")["collapse"]
+    assert f"Effective rank {signs['rank']:.1f}, alignment {signs['alignment']:.3f}" in page.text
+    assert "always the largest class\n50.00%" in page.text
+    assert "a linear layer on the pixels (16 x 16) of 24 training images" in page.text
     for text in (page.text, result.out):
         assert "main.py train --dataset folder" in text and torch.__version__ in text
     assert sum("neighbour: " in image["alt"] for image in page.images) == 10 * 8
@@ -133,7 +142,7 @@ def test_what_is_damaged_or_of_another_run_is_named_and_not_shown(copy, of_other
     alts = " ".join(image["alt"] for image in page.images)
     assert "confusion" not in alts and "t-SNE" not in alts
     assert ("linear probe, %" in alts) == (name != "metrics.jsonl")
-    assert ("linear probe, top-5" in page.text) == (name != "linear_accuracy.json")
+    assert ("95% interval" in page.text) == (name != "linear_accuracy.json")
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +189,57 @@ def test_images_without_labels_and_a_name_that_is_html(tiny, tmp_path):
     assert "no labels" in page.text and "Confusions" not in page.text
     thumbs = [image["src"] for image in page.images if "thumb" in image.get("class", "")]
     lines = [thumbs[6 * i : 6 * i + 6] for i in range(6)]
-    assert len(thumbs) == 36 and all(len(set(line)) == 6 for line in lines)  # itself and the five others
+    assert all(len(set(line)) == 6 for line in lines)  # itself and the five others
+    assert "Effective rank" in page.text and "Images that resemble no other" in page.text
+    path = sorted(path.relative_to(tmp_path / "heap") for path in (tmp_path / "heap").rglob("*.png"))[0]
+    assert sum(image["alt"] == str(path) for image in page.images) >= 2  # in its cluster, and among the six of the last list
+
+
+def test_the_interval_is_wilsons():
+    """Against the roots of the equation that defines it: (p - q)^2 = z^2 q (1 - q) / n."""
+    for percent, n in ((99, 1000), (50, 10), (100, 5), (0, 40)):
+        p, z2 = percent / 100, 1.96**2
+        roots = np.roots([1 + z2 / n, -2 * p - z2 / n, p * p])
+        np.testing.assert_allclose(report.wilson(percent, n), 100 * np.sort(roots.real), atol=1e-6)
+
+
+def test_duplicates_and_lonely_images_are_those_of_all_pairs():
+    """In blocks of two sizes, against a loop over all pairs; a copy and a near copy come first."""
+    x = F.normalize(torch.randn(1203, 6, generator=torch.manual_seed(0)), dim=1)
+    x[1100], x[7] = x[3], F.normalize(x[1050] + 0.01, dim=0)
+    cosine = (x @ x.T).fill_diagonal_(-2)
+    torch.testing.assert_close(gallery.nearest(x), cosine.max(1).values)
+    i, j = (cosine.triu(1) > 0.98).nonzero().T.tolist()
+    expected = sorted(zip(cosine[i, j].tolist(), i, j, strict=True), reverse=True)
+    pairs, n_pairs = gallery.near_duplicates(x)
+    assert n_pairs == len(expected) > 12 and [pair[1:] for pair in pairs] == [pair[1:] for pair in expected[:12]]
+    assert pairs[0][1:] == (3, 1100)
+
+
+def test_clusters_are_those_that_the_data_have():
+    centres = torch.eye(3).repeat_interleave(torch.tensor([30, 20, 10]), 0)
+    x = F.normalize(centres + 0.1 * torch.randn(60, 3, generator=torch.manual_seed(0)), dim=1)
+    found = gallery.clusters_of(x, 3)
+    assert [sorted(rows) for rows in found] == [list(range(30)), list(range(30, 50)), list(range(50, 60))]
+    first = x[found[0]] - x[:30].mean(0)
+    assert torch.equal(first.norm(dim=1).argsort(), torch.arange(30))
+    assert [len(rows) for rows in gallery.clusters_of(torch.ones(5, 3), 10)] == [5]
+
+
+def test_a_hundred_classes_and_an_older_result_without_accuracies_of_classes(tiny, tmp_path):
+    for i in range(100):
+        write_images(tmp_path / "images" / "train" / f"class {i}", 2, i)
+        write_images(tmp_path / "images" / "test" / f"class {i}", 1, i)
+    assert run(*tiny, "--data_dir", tmp_path / "images", "--n_epochs", "0", "--log_folder", tmp_path / "logs").code == 0
+    (exp_dir,) = (tmp_path / "logs").iterdir()
+    result = files.read_sealed(exp_dir / "linear_accuracy.json")
+    assert sum(result["confusion"][i][i] for i in range(100)) == pytest.approx(result["top1"])
+    assert statistics.mean(result["per_class"].values()) == pytest.approx(result["top1"])
+    page, _ = page_of(exp_dir)
+    assert "Accuracy of each class" in page.text and "class 99" in " ".join(image["alt"] for image in page.images)
+    older = {name: value for name, value in result.items() if name not in ("checksum", "per_class", "confusion")}
+    main.log_result(older, "")
+    assert main.log_result(result, "") is None
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "sklearn"])

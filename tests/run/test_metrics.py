@@ -15,7 +15,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import ROOT, RUN, contents, edit, run
+from helpers import ROOT, RUN, contents, edit, run, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
@@ -113,6 +113,13 @@ def test_the_projector_finds_embeddings_pictures_and_names(finished):
     embeddings = files.load(finished / "artifacts" / "test.pt")["embeddings"]
     torch.testing.assert_close(torch.cdist(x, x), torch.cdist(embeddings, embeddings), atol=1e-4, rtol=1e-3)  # all components
     assert (folder / "00000" / "test" / "metadata.tsv").read_text().split() == 5 * ["across"] + 5 * ["down"]
+
+
+def test_the_projector_has_images_without_labels_too(tiny, tmp_path):
+    write_images(tmp_path / "heap", 6, 0)
+    assert run(*tiny, "--data_dir", tmp_path / "heap", "--n_epochs", "1", "--log_folder", tmp_path).code == 0
+    rows = (tmp_path / RUN / "tensorboard" / "00000" / "train" / "tensors.tsv").read_text().splitlines()
+    assert len(rows) == 6 and (tmp_path / RUN / "tensorboard" / "00000" / "train" / "sprite.png").exists()
 
 
 OPTIONAL = ("tensorboard", "matplotlib", "sklearn", "scipy", "safetensors", "onnx", "onnxscript", "onnxruntime", "timm")
