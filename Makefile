@@ -12,11 +12,11 @@ DEMO = --arch resnet18-imagenet --n_patches 8 --n_epochs 1 --bs 25 --n_images 20
 
 test: .venv/installed
 	$(BIN)/python -m pip install -q pytest pytest-xdist hypothesis -r requirements-extra.txt
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/installed
 	$(BIN)/python -m pip install -q pytest pytest-xdist hypothesis -r requirements-extra.txt
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --slow
 
 lint: .venv/installed
 	$(BIN)/python -m pip install -q ruff

@@ -272,7 +272,7 @@ def parts(task):
     functions["LARS step"] = optimizer.step
     x, y = torch.randn(s.n_probe, s.h_dim, device=device).relu(), torch.randint(N_CLASSES, (s.n_probe,), device=device)
     for lrs in ((PROBE_LR,), LRS):
-        epochs = softmax_regressions(x, y, lrs, N_CLASSES, Fit(n_epochs=1000, bf16=True), iter)
+        epochs = softmax_regressions(x, y, lrs, N_CLASSES, Fit(n_epochs=1000, bf16=True), range(1000))
         functions[f"epoch of the probe, learning rates: {len(lrs)}"] = functools.partial(next, epochs)
     for function in functions.values():
         timed(function, 2, device)

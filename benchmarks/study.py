@@ -137,8 +137,20 @@ def run(row, options):
     record(row, runs, options)
 
 
-def record(row, runs, options):
-    """Write the runs of a row into the file of its group."""
+def run_so_far(row, options):
+    """Write where the first run of a row is and its losses since the last epoch began, if it is not finished. Run nothing."""
+    argv = command(row, 42, options)
+    args = main.parse(argv)
+    for exp_dir in Path(args.log_folder).glob(f"{args.exp_name}__*"):
+        lines = [line for line in files.read_jsonl(Run(exp_dir).metrics) if "loss_sim" in line]
+        if lines and not Run(exp_dir).read_result():
+            losses = {"step": lines[-1]["global_step"], "mean": losses_by_epoch(Run(exp_dir))[-1]["mean"],
+                      "last": losses_by_epoch(Run(exp_dir))[-1]["last"]}  # fmt: skip
+            record(row, [], options, losses)
+
+
+def record(row, runs, options, so_far=None):
+    """Write the runs of a row into the file of its group. so_far: the losses of a run that is not finished."""
     group = GROUPS[row.group]
     path = options.out / f"{group.file}.json"
     hp = main.hyperparameters(main.parse(command(row, 42, options)))
@@ -146,6 +158,8 @@ def record(row, runs, options):
     results = files.read_json(path)
     if group.section:
         entry = {"options": all_options(row), "n_images": hp.n_images, "runs": runs, **about}
+        if so_far:
+            entry["so_far"] = so_far
         results.setdefault(group.section, {})[row.name] = entry
     else:
         found = {"raw_pixels_top1": runs[0]["top1"]} if row.name == "raw-pixels" else {row.name: runs}
@@ -159,6 +173,7 @@ def parse(argv=None):
     made.add_argument("group", choices=tuple(GROUPS))
     made.add_argument("--only", nargs="+", metavar="NAME", help="these rows alone, by the names that --list prints")
     made.add_argument("--list", action="store_true", help="print the command of each row and stop")
+    made.add_argument("--so_far", action="store_true", help="write the losses of runs that are not finished, and run nothing")
     made.add_argument("--seeds", type=int, help="runs of each row (default: 1 to 3)")
     made.add_argument("--dataset", choices=("cifar10", "folder"), default="cifar10")
     made.add_argument("--data_dir", default="./datasets")
@@ -179,5 +194,7 @@ if __name__ == "__main__":
             continue
         if options.list:
             print(f"{row.name:18} {shown(row, options)}")
+        elif options.so_far:
+            run_so_far(row, options)
         else:
             run(row, options)

@@ -91,9 +91,13 @@ def findings(group, folder=RESULTS):
     entries, rows = {}, []
     for row in rows_of(group):
         cells = ["not yet measured", "", "", ""]
-        if results.get(row.name, {}).get("options") == all_options(row):
-            entries[row.name] = results[row.name]
-            cells = outcome(results[row.name]["runs"])
+        entry = results.get(row.name, {})
+        if entry.get("options") == all_options(row) and entry["runs"]:
+            entries[row.name] = entry
+            cells = outcome(entry["runs"])
+        elif entry.get("options") == all_options(row):
+            step, (invariance, uniformity) = entry["so_far"]["step"], entry["so_far"]["last"]
+            cells[0] = f"not yet measured; losses at step {step:,}: {invariance:.3f}, {uniformity:.1f}, on {cores(entry)}"
         options = f"`{row.options}`".replace("{base}", "LAST.pt") if row.options else ""
         rows.append([row.title, options, row.published, *cells])
     text = table(["setting", "options", "published, full size", "top-1 here", "on its training images", "20-NN", "seconds"], rows)
@@ -105,6 +109,10 @@ def findings(group, folder=RESULTS):
         text += (f" {size}{entry['data']}, all test images. Mean (least to greatest) of {seeds}; seconds of training, encoding "
                  f"and probe. {measured_by(f'study {group}', entry)}")  # fmt: skip
     return text + losses(entries)
+
+
+def cores(entry):
+    return f"{entry['machine']['cores']} cores, {entry['machine']['processor']}, {entry['machine']['precision']}"
 
 
 def outcome(runs):

@@ -86,6 +86,22 @@ def test_the_mean_of_an_epoch_is_over_its_steps(finished):
             assert values["last"][i] == last[name]
 
 
+def test_a_run_that_is_not_finished_has_its_losses_so_far(options, monkeypatch):
+    row = rows.Row("half", "half done", "", "", 1, "findings-cpu")
+    options.out.mkdir()
+    study.run(row, options)
+    (exp_dir,) = Path(options.log_folder).glob("half-42__*")
+    (exp_dir / "linear_accuracy.json").unlink()
+    (options.out / "reproduction.json").unlink()
+    study.run_so_far(row, options)
+    (entry,) = json.loads((options.out / "reproduction.json").read_text())["cpu"].values()
+    line = [json.loads(line) for line in (exp_dir / "metrics.jsonl").read_text().splitlines() if "loss_sim" in line][-1]
+    assert entry["so_far"]["step"] == 6 and entry["so_far"]["last"] == [line["loss_sim"], line["loss_uniformity"]]
+    monkeypatch.setattr(rows, "ROWS", [row])
+    shown = f"| not yet measured; losses at step 6: {line['loss_sim']:.3f}, {line['loss_uniformity']:.1f}, on "
+    assert shown in tables.findings("findings-cpu", options.out)
+
+
 def test_a_stopped_study_leaves_with_the_code(options, monkeypatch):
     monkeypatch.setattr(main, "main", lambda argv: 143)
     with pytest.raises(SystemExit, match="143"):

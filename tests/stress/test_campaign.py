@@ -27,7 +27,7 @@ SETTINGS = (
     "--dataset folder --image_size 16 --arch resnet18-tiny --h_dim 8 --z_dim 4 --n_patches 2 --bs 8 --n_epochs 2 "
     "--n_eval_epochs 3 --emb_pool proj --eval_lr 1 --print_freq 4 --device cpu --precision fp32"
 ).split()
-COMMANDS = ("resume", "train", "report", "compare", "export", "embed", "cleanup")
+COMMANDS = ("resume", "train", "report", "compare", "export", "embed", "cleanup", "probe", "finetune")
 SECONDS = 30  # a command that takes longer hangs
 
 
@@ -170,6 +170,8 @@ def command_line(name, exp_dir, choose):
         "export": ("export", "--exp_dir", exp_dir, "--format", "torchvision"),
         "embed": ("embed", "--exp_dir", exp_dir, "--images", images, "--out", exp_dir.parent / "out.npz", "--device", "cpu"),
         "cleanup": ("cleanup", "--log_folder", exp_dir.parent, "--keep", 1, "-y"),
+        "probe": ("probe", "--exp_dir", exp_dir, "--label_fractions", 1, "--device", "cpu"),
+        "finetune": ("finetune", "--exp_dir", exp_dir, "--n_epochs", 1, "--bs", 12, "--no-from_scratch", "--device", "cpu"),
     }[name]
 
 
@@ -179,7 +181,9 @@ def accuracies_in(name, result, exp_dir):
         return re.findall(r"linear probe     top-1 ([\d.]+)%", result.out)
     if name == "report" and (exp_dir / "report.html").is_file():
         return re.findall(r'"number">([\d.]+)%', (exp_dir / "report.html").read_text())
-    if name == "compare" and " finished" in result.out:
+    if name == "probe":
+        return re.findall(r"labels  top-1 ([\d.]+)%", result.out)
+    if name == "compare" and "  top1  " in result.out:
         header, row = result.out.splitlines()[:2]
         return [row[header.index("top1") :].split()[0]]
     return []
