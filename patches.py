@@ -74,15 +74,22 @@ def batch_params(shape, n_patches, generator, first=0, batch=None, augment=Augme
 
 def render(images, params, size):
     """Return the patches that batch_params, or any rows of them, describe: float32 (n, 3, size, size) in [-1, 1]."""
-    # Sort patches by the turn at which their hue is adjusted: those of a turn are then a slice, without a copy.
-    turn = torch.where(params["jitter"], (params["order"] == HUE).int().argmax(1), NO_JITTER)
-    by_turn = turn.argsort(stable=True)
-    params = {name: values[by_turn] for name, values in params.items()}
-    ends = turn.bincount(minlength=NO_JITTER + 1).cumsum(0).tolist()
-    plan = {**crop_plan(params, images.shape[3]), **augmentation_plan(params, ends[HUE]), "unsort": by_turn.argsort()}
+    params, order, ends = by_turn(params)
+    plan = {**crop_plan(params, images.shape[3]), **augmentation_plan(params, ends[HUE]), "unsort": order.argsort()}
     plan = to_device_packed(plan, images.device)
     x = augment(cut(images, plan, size), plan, ends)
     return to_signed(x.index_select(0, plan["unsort"]))
+
+
+def by_turn(params):
+    """Sort patches by the turn at which their hue is adjusted: those of a turn are then a slice, without a copy.
+
+    Return the sorted params, the order int64 (n,), and how many patches have a turn of at most i, for i from 0 to NO_JITTER.
+    """
+    turn = torch.where(params["jitter"], (params["order"] == HUE).int().argmax(1), NO_JITTER)
+    order = turn.argsort(stable=True)
+    ends = turn.bincount(minlength=NO_JITTER + 1).cumsum(0).tolist()
+    return {name: values[order] for name, values in params.items()}, order, ends
 
 
 def to_signed(x):
