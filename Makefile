@@ -6,7 +6,7 @@ BIN = .venv/bin
 demo: .venv/installed
 	$(BIN)/python main.py train --exp_name demo --dataset textures $(DEMO)
 
-# What the demo changes of the defaults so that it takes a minute on two CPU cores; see "The demo" in README.md.
+# What the demo changes of the defaults, so that it takes seconds on two CPU cores.
 DEMO = --arch resnet18-imagenet --n_patches 8 --n_epochs 1 --bs 25 --n_images 2000 --h_dim 1024 --z_dim 256 \
 	--test_patches 4 --print_freq 10
 

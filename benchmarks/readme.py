@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks import laptop, tables
+from benchmarks import laptop, peers_results, tables
 from benchmarks.common import RESULTS, ROOT
 from experiment import Run
 from infra import files
@@ -36,8 +36,12 @@ PARTS = {
     "verdicts": (tables.verdicts, "study findings-cpu"),
     "views": (partial(tables.findings, "views"), "study views"),
     "one-minute": (partial(tables.tries, "one-minute"), "study one-minute"),
-    "search": (partial(tables.tries, "search", timed=False), "study search"),
+    "search": (partial(tables.tries, "search", with_seconds=False), "study search"),
     "laptop": (laptop.results_table, "study laptop"),
+    "peers": (peers_results.results_table, "peers --data_dir DIR"),
+    "peers-verdict": (peers_results.verdict, "peers --data_dir DIR"),
+    "peers-choices": (peers_results.choices_table, "peers --data_dir DIR"),
+    "engines": (peers_results.engines_table, "engines"),
     "precision": (tables.precision, "study precision"),
     "speed-cpu": (partial(tables.speed, "cpu"), "speed"),
     "speed-cuda": (partial(tables.speed, "cuda"), "speed --device cuda"),

@@ -143,7 +143,7 @@ ROWS = [
     *(Row(name, name, "", options, 1, "one-minute") for name, options in TRIES.items()),
     *(Row(name, name, "", options, 1, "search") for name, options in LEVERS.items()),
     *(Row(f"preset-{n}", "the preset", "", options, 3 if n == 50000 else 2, "laptop") for n, options in SIZES.items()),
-    *(Row(f"lars-{n}", "by LARS, mean of the features", "", f"{PAPERS} {options}".strip(), 1, "laptop")
+    *(Row(f"lars-{n}", "the preset with LARS and averaged features", "", f"{PAPERS} {options}".strip(), 1, "laptop")
       for n, options in SIZES.items()),
     Row("untrained-50000", "the preset, untrained", "", "--n_epochs 0", 1, "laptop"),
     Row("trained", "trained", "", "", 3, "demo"),

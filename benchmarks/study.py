@@ -134,6 +134,8 @@ def raw_pixels(argv):
 def run(row, options):
     """Run a row with all its seeds and write its results."""
     runs = [measure(row, 42 + i, options) for i in range(options.seeds or row.seeds)]
+    if options.disturbed:
+        runs = [{name: value for name, value in run.items() if name != "seconds"} for run in runs]
     record(row, runs, options)
 
 
@@ -174,6 +176,7 @@ def parse(argv=None):
     made.add_argument("--only", nargs="+", metavar="NAME", help="these rows alone, by the names that --list prints")
     made.add_argument("--list", action="store_true", help="print the command of each row and stop")
     made.add_argument("--so_far", action="store_true", help="write the losses of runs that are not finished, and run nothing")
+    made.add_argument("--disturbed", action="store_true", help="do not write the seconds: other programs slowed these runs")
     made.add_argument("--seeds", type=int, help="runs of each row (default: 1 to 3)")
     made.add_argument("--dataset", choices=("cifar10", "folder"), default="cifar10")
     made.add_argument("--data_dir", default="./datasets")

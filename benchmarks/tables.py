@@ -5,6 +5,7 @@ which name what is not yet measured.
 """
 
 import json
+import math
 import statistics
 
 from benchmarks.common import RESULTS
@@ -37,8 +38,14 @@ def seconds(runs, name):
     return f"{statistics.median(run['seconds'][name] for run in runs):.0f}"
 
 
+def timed(runs):
+    """Return the seconds of all stages of each run that recorded them (study.py --disturbed does not)."""
+    return [sum(run["seconds"][stage] for stage in STAGE_NAMES) for run in runs if "seconds" in run]
+
+
 def total_seconds(runs):
-    return f"{statistics.median(sum(run['seconds'][stage] for stage in STAGE_NAMES) for run in runs):.0f}"
+    """Return the median of timed; "" if there is none."""
+    return f"{statistics.median(timed(runs)):.0f}" if timed(runs) else ""
 
 
 def count(numbers):
@@ -100,14 +107,17 @@ def findings(group, folder=RESULTS):
             cells[0] = f"not yet measured; losses at step {step:,}: {invariance:.3f}, {uniformity:.1f}, on {cores(entry)}"
         options = f"`{row.options}`".replace("{base}", "LAST.pt") if row.options else ""
         rows.append([row.title, options, row.published, *cells])
-    text = table(["setting", "options", "published, full size", "top-1 here", "on its training images", "20-NN", "seconds"], rows)
+    columns = ["setting", "options", "published, full size", "top-1 here", "on its training images", "20-NN", "seconds"]
+    if not any(cells[-1] for cells in rows):
+        columns, rows = columns[:-1], [cells[:-1] for cells in rows]
+    text = table(columns, rows)
     text += f"\n\nEvery row starts from `{base}`; `--only` takes the names that `--list` prints."
     if entries:
         entry = next(iter(entries.values()))
         size = f"{entry['n_images']:,} training images of " if entry["n_images"] else ""
         seeds = count([len(entry["runs"]) for entry in entries.values()])
-        text += (f" {size}{entry['data']}, all test images. Mean (least to greatest) of {seeds}; seconds of training, encoding "
-                 f"and probe. {measured_by(f'study {group}', entry)}")  # fmt: skip
+        text += (f" {size}{entry['data']}, all test images. Mean (least to greatest) of {seeds}. "
+                 f"{measured_by(f'study {group}', entry)}")  # fmt: skip
     return text + losses(entries)
 
 
@@ -134,45 +144,52 @@ def losses(entries):
     return f" Losses at the end of the epochs of 20 patches, 2 epochs: {told}."
 
 
-CLAIMS = (  # what the findings say: the first of the two rows is the better one
-    ("LARS is far above SGD", "base", "sgd"),
-    ("without batch norms a little is lost", "base", "no-batch-norm"),
-    ("patches of one image as negatives hurt", "no-duplicates", "duplicates"),
-    ("a frozen projection of another run loses a little", "base", "frozen"),
-    ("the network without its last stage is better than without its last two", "mini", "base"),
-    ("the whole epoch is better than 75% of it", "base", "three-quarters"),
-    ("the mean projection is as good an embedding as the features", "mean-projection", "base"),
-    ("training is worth it", "base", "untrained"),
+ABOVE, CLOSE = "above", "close"  # what a claim says of its first row: better than the second, or as good
+POINTS = 2.0  # two rows are as good if their means differ by less
+CLAIMS = (  # each compares the top-1 of two rows
+    ("LARS is far above SGD", "base", ABOVE, "sgd"),
+    ("many patches are better than two", "base", ABOVE, "two-patches"),
+    ("patches of one image as negatives hurt", "no-duplicates", ABOVE, "duplicates"),
+    ("the network without its last stage is better than without its last two", "mini", ABOVE, "base"),
+    ("training is better than no training", "base", ABOVE, "untrained"),
+    ("without batch norms as good", "no-batch-norm", CLOSE, "base"),
+    ("Tanh as good as ReLU", "tanh", CLOSE, "base"),
+    ("a frozen projection of another run nearly as good", "frozen", CLOSE, "base"),
+    ("75% of an epoch as good as the whole", "three-quarters", CLOSE, "base"),
+    ("the mean projection as good an embedding as the features", "mean-projection", CLOSE, "base"),
+    ("the mean projection from a narrow layer as good with 2 patches", "bottleneck-2", CLOSE, "bottleneck"),
 )
 
 
 def verdicts(folder=RESULTS):
-    """Return a line for each of CLAIMS: whether the rows on a CPU are in this order, and the ranges of their seeds apart."""
+    """Return a line for each of CLAIMS: whether the rows on a CPU show it."""
     results = files.read_json(folder / "reproduction.json").get("cpu", {})
-    return "\n".join(f"- {claim}: {verdict(results, better, worse)}" for claim, better, worse in CLAIMS)
+    return "\n".join(f"- {claim}: {verdict(results, *names)}" for claim, *names in CLAIMS)
 
 
-def verdict(results, better, worse):
-    if better not in results or worse not in results:
+def verdict(results, first, relation, second):
+    """Return whether the row `first` is ABOVE the other, with the ranges of their seeds apart, or CLOSE to it."""
+    if first not in results or second not in results:
         return "not yet measured"
-    a, b = ([run["top1"] for run in succeeded(results[name]["runs"])] for name in (better, worse))
+    a, b = ([run["top1"] for run in succeeded(results[name]["runs"])] for name in (first, second))
     if not a or not b:
-        return f"{'does **not** hold' if b else 'holds'} here, `{worse if a else better}` diverged"
-    gap, apart = statistics.mean(a) - statistics.mean(b), min(a) > max(b) or min(b) > max(a)
-    if not apart:
-        return f"does **not** show here, {gap:+.1f} points, less than the seeds differ by (`{better}` less `{worse}`)"
-    return f"{'holds' if gap > 0 else 'does **not** hold'} here, {gap:+.1f} points (`{better}` less `{worse}`)"
+        return f"does not show, `{second if a else first}` diverged"
+    gap = statistics.mean(a) - statistics.mean(b)
+    holds = abs(gap) < POINTS if relation == CLOSE else min(a) > max(b)
+    seeds = "" if len(a) > 1 and len(b) > 1 else ", one seed of a row"
+    return f"{'**yes**' if holds else '**no**'}, {gap:+.1f} points (`{first}` less `{second}`{seeds})"
 
 
-def tries(group, timed=True):
-    """Return a row for each try of a search, the best first; timed: with the training time as a multiple of the base's."""
+def tries(group, with_seconds=True):
+    """Return a row for each try of a search, the best first; with_seconds: with the training time as a multiple of the base's."""
     file, base = GROUPS[group].file, GROUPS[group].base
     results = read(file)
     about = {name: results[name] for name in ("data", "machine") if name in results}  # of the tries that do not say it
     entries = {name: {**about, **entry} for name, entry in results["tries"].items()}
 
     def means(runs):
-        return statistics.mean(run["top1"] for run in runs), statistics.mean(run["seconds"]["training"] for run in runs)
+        top1 = statistics.mean(run["top1"] for run in runs)
+        return top1, statistics.mean(run["seconds"]["training"] for run in runs) if with_seconds else math.nan
 
     base_top1, base_seconds = means(entries["base"]["runs"])
     rows = []
@@ -188,7 +205,7 @@ def tries(group, timed=True):
         cells = [spread(runs, "top1"), f"{top1 - base_top1:+.1f}", f"{training / base_seconds:.2f}"]
         rows.append((top1, title + cells))
     rows.sort(key=lambda row: -row[0])
-    columns = ["what is changed", "options", "top-1", "less the base", "training time"][: 5 if timed else 4]
+    columns = ["what is changed", "options", "top-1", "less the base", "training time"][: 5 if with_seconds else 4]
     text = table(columns, [cells[: len(columns)] for _, cells in rows])
     seeds = count([len(succeeded(entry["runs"])) for entry in entries.values()])
     data = " and ".join(sorted({entry["data"] for entry in entries.values()}))
@@ -284,8 +301,8 @@ def ranks():
     slower = chunked["seconds"] / whole["seconds"]
     return (
         f"2 and 4 gloo processes against one: the gradients differ by {two['gradient']:.0e} and {four['gradient']:.0e} of their "
-        f"norm, the losses by {two['loss']:.0e} and {four['loss']:.0e}. Two processes with one thread each take {share:.2f} of "
-        f"the time of one with one thread, so each does {1 / share / 2:.0%} of what it would alone (`{results['options']}`). "
+        f"norm, the losses by {two['loss']:.0e} and {four['loss']:.0e}. A step of two processes, one thread each, takes "
+        f"{share:.2f} times as long as that of one process with one thread; .5 would be ideal (`{results['options']}`). "
         f"With `--max_patches 64` a step takes {slower:.2f} times as long there, and the process {chunked['memory'] / 1e9:.2f} "
         f"GB at most instead of {whole['memory'] / 1e9:.2f}. {measured_by('speed --only ranks', results)}"
     )

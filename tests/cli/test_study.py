@@ -22,7 +22,7 @@ def options(images, tmp_path, monkeypatch):
     tiny = "--image_size 16 --arch resnet18-tiny --h_dim 8 --z_dim 4 --n_patches 2 --bs 4 --n_epochs 1 --n_eval_epochs 3"
     monkeypatch.setitem(rows.GROUPS, "findings-cpu", rows.Group(tiny, "reproduction", "cpu"))
     data = {"dataset": "folder", "data_dir": str(images)}
-    return SimpleNamespace(seeds=2, out=tmp_path / "out", log_folder=str(tmp_path / "logs"), **data)
+    return SimpleNamespace(seeds=2, disturbed=False, out=tmp_path / "out", log_folder=str(tmp_path / "logs"), **data)
 
 
 def hparams(argv):
