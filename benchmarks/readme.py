@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks import laptop, peers_results, tables
+from benchmarks import claims, laptop, peers_results, tables
 from benchmarks.common import RESULTS, ROOT
 from experiment import Run
 from infra import files
@@ -33,7 +33,7 @@ PARTS = {
     "demo": (tables.demo, "study demo"),
     "findings-full": (partial(tables.findings, "findings-full"), "study findings-full"),
     "findings-cpu": (partial(tables.findings, "findings-cpu"), "study findings-cpu"),
-    "verdicts": (tables.verdicts, "study findings-cpu"),
+    "verdicts": (claims.verdicts, "study findings-cpu"),
     "views": (partial(tables.findings, "views"), "study views"),
     "one-minute": (partial(tables.tries, "one-minute"), "study one-minute"),
     "search": (partial(tables.tries, "search", with_seconds=False), "study search"),

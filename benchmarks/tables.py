@@ -1,7 +1,7 @@
 """The generated parts of README.md and docs/results.md: tables and sentences of hparams.SETTINGS and benchmarks/results.
 
-Each function returns Markdown. Those of results raise FileNotFoundError if the file is missing, but for findings and verdicts,
-which name what is not yet measured.
+Each function returns Markdown. Those of results raise FileNotFoundError if the file is missing, but for findings, which
+name what is not yet measured.
 """
 
 import json
@@ -144,42 +144,6 @@ def losses(entries):
     return f" Losses at the end of the epochs of 20 patches, 2 epochs: {told}."
 
 
-ABOVE, CLOSE = "above", "close"  # what a claim says of its first row: better than the second, or as good
-POINTS = 2.0  # two rows are as good if their means differ by less
-CLAIMS = (  # each compares the top-1 of two rows
-    ("LARS is far above SGD", "base", ABOVE, "sgd"),
-    ("many patches are better than two", "base", ABOVE, "two-patches"),
-    ("patches of one image as negatives hurt", "no-duplicates", ABOVE, "duplicates"),
-    ("the network without its last stage is better than without its last two", "mini", ABOVE, "base"),
-    ("training is better than no training", "base", ABOVE, "untrained"),
-    ("without batch norms as good", "no-batch-norm", CLOSE, "base"),
-    ("Tanh as good as ReLU", "tanh", CLOSE, "base"),
-    ("a frozen projection of another run nearly as good", "frozen", CLOSE, "base"),
-    ("75% of an epoch as good as the whole", "three-quarters", CLOSE, "base"),
-    ("the mean projection as good an embedding as the features", "mean-projection", CLOSE, "base"),
-    ("the mean projection from a narrow layer as good with 2 patches", "bottleneck-2", CLOSE, "bottleneck"),
-)
-
-
-def verdicts(folder=RESULTS):
-    """Return a line for each of CLAIMS: whether the rows on a CPU show it."""
-    results = files.read_json(folder / "reproduction.json").get("cpu", {})
-    return "\n".join(f"- {claim}: {verdict(results, *names)}" for claim, *names in CLAIMS)
-
-
-def verdict(results, first, relation, second):
-    """Return whether the row `first` is ABOVE the other, with the ranges of their seeds apart, or CLOSE to it."""
-    if first not in results or second not in results:
-        return "not yet measured"
-    a, b = ([run["top1"] for run in succeeded(results[name]["runs"])] for name in (first, second))
-    if not a or not b:
-        return f"does not show, `{second if a else first}` diverged"
-    gap = statistics.mean(a) - statistics.mean(b)
-    holds = abs(gap) < POINTS if relation == CLOSE else min(a) > max(b)
-    seeds = "" if len(a) > 1 and len(b) > 1 else ", one seed of a row"
-    return f"{'**yes**' if holds else '**no**'}, {gap:+.1f} points (`{first}` less `{second}`{seeds})"
-
-
 def tries(group, with_seconds=True):
     """Return a row for each try of a search, the best first; with_seconds: with the training time as a multiple of the base's."""
     file, base = GROUPS[group].file, GROUPS[group].base
@@ -209,7 +173,9 @@ def tries(group, with_seconds=True):
     text = table(columns, [cells[: len(columns)] for _, cells in rows])
     seeds = count([len(succeeded(entry["runs"])) for entry in entries.values()])
     data = " and ".join(sorted({entry["data"] for entry in entries.values()}))
-    return f"{text}\n\n{data}; each starts from `{base}` ({seeds}). {measured_by(f'study {group}', entries['base'])}"
+    missing = [row.name for row in rows_of(group) if row.name not in entries]
+    missing = f" Not yet measured: {'; '.join(missing)}." if missing else ""
+    return f"{text}\n\n{data}; each starts from `{base}` ({seeds}).{missing} {measured_by(f'study {group}', entries['base'])}"
 
 
 def demo():
