@@ -108,16 +108,16 @@ def stage_dim(backbone):
     return sum(getattr(block, "conv3", block.conv2).out_channels for block in last)  # conv3: bottleneck blocks
 
 
-def stage_means(backbone, x):
-    """Return the mean over the pixels of what each stage of a resnet computes, side by side: (N, the sum of their channels).
+def stage_means(backbone, x, parts=1):
+    """Return what each stage of a resnet computes, averaged in parts x parts regions, side by side: (N, parts² stage_dim).
 
-    The last of them is the output of the backbone.
+    With one part, the last of them is the output of the backbone.
     """
     x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(x))))
     means = []
     for stage in stages_of(backbone).values():
         x = stage(x)
-        means.append(x.mean((2, 3)))
+        means.append(F.adaptive_avg_pool2d(x, parts).flatten(1))
     return torch.cat(means, 1)
 
 

@@ -9,7 +9,7 @@ from infra.device import pick_device, pick_precision, step_memory, total_memory
 from infra.errors import UsageError
 from model import Encoder
 
-FEW_STEPS = 100
+FEW_STEPS = 50
 FILL = 0.7  # of the memory, for a step with an automatic max_patches; images, other programs and errors of the estimate need some
 
 

@@ -30,7 +30,10 @@ def verdicts(folder=RESULTS):
 
 
 def verdict(results, first, relation, second):
-    """Return whether the row `first` is ABOVE the other, with the ranges of their seeds apart, or CLOSE to it."""
+    """Return whether the row `first` is ABOVE the other, with the ranges of their seeds apart, or CLOSE to it.
+
+    From one seed, a gap below POINTS does not decide what is ABOVE.
+    """
     if first not in results or second not in results:
         return "not yet measured"
     a, b = ([run["top1"] for run in succeeded(results[name]["runs"])] for name in (first, second))
@@ -38,5 +41,9 @@ def verdict(results, first, relation, second):
         return f"does not show, `{second if a else first}` diverged"
     gap = statistics.mean(a) - statistics.mean(b)
     holds = abs(gap) < POINTS if relation == CLOSE else min(a) > max(b)
-    seeds = "" if len(a) > 1 and len(b) > 1 else ", one seed of a row"
-    return f"{'**yes**' if holds else '**no**'}, {gap:+.1f} points (`{first}` less `{second}`{seeds})"
+    single = len(a) == 1 or len(b) == 1
+    answer = "**yes**" if holds else "**no**"
+    if single and relation == ABOVE and abs(gap) < POINTS:
+        answer = "undecided"
+    seeds = ", one seed of a row" if single else ""
+    return f"{answer}, {gap:+.1f} points (`{first}` less `{second}`{seeds})"

@@ -1,4 +1,4 @@
-"""What peers.py measured: a table, a verdict in two sentences and a picture, of benchmarks/results/peers.json and kmeans.json.
+"""What peers.py measured: a table, a verdict in two sentences and a picture, of benchmarks/results/peers.json.
 
     python -m benchmarks.peers_results      # draws pictures/peers.png
 """
@@ -7,24 +7,29 @@ import argparse
 import statistics
 
 from benchmarks.common import ROOT
-from benchmarks.laptop import kmeans_runs
-from benchmarks.peers import METHODS
+from benchmarks.methods import METHODS
+from benchmarks.peers import TRIED
 from benchmarks.tables import count, measured_by, read, spread, table
 
-OURS, CEILING = ("preset", "lars"), "supervised"
-PEERS = tuple(name for name in METHODS if name not in (*OURS, CEILING))
+OURS, REFERENCE = ("preset", "lars"), "supervised"
+PEERS = tuple(name for name in METHODS if name not in (*OURS, REFERENCE))
 
 
-def rows_by_budget():
-    """Return {method: {budget in seconds: its rows, one for each seed}}."""
-    found = {}
-    for row in read("peers")["rows"]:
+def measured():
+    """Return (the content of peers.json, {method: {budget in seconds: its rows, one for each seed}}).
+
+    Raises FileNotFoundError if nothing is measured.
+    """
+    results, found = read("peers"), {}
+    for row in results["rows"]:
         found.setdefault(row["method"], {}).setdefault(row["budget"], []).append(row)
-    return found
+    if not found:
+        raise FileNotFoundError("no row in peers.json")
+    return results, found
 
 
-def budgets():
-    return sorted({row["budget"] for row in read("peers")["rows"]})
+def mean(rows, key="top1"):
+    return statistics.mean(row[key] for row in rows)
 
 
 def minutes(budget):
@@ -33,92 +38,71 @@ def minutes(budget):
 
 def results_table():
     """Return the table of top-1 and 20-NN by method and budget, and how it was measured."""
-    results, found, rows = read("peers"), rows_by_budget(), []
-    for name, method in METHODS.items():
-        cells = [method.title, f"{1000 * results['step_seconds'][name]:.0f} ms", str(method.bs)]
-        for budget in budgets():
-            runs = found.get(name, {}).get(budget)
-            cells.append(f"{spread(runs, 'top1')}; {statistics.mean(run['knn_top1'] for run in runs):.1f}%" if runs else "")
-        rows.append(cells)
-    columns = ["", "a step", "images in it", *(minutes(budget) for budget in budgets())]
-    seeds = count([len(runs) for by_budget in found.values() for runs in by_budget.values()])
-    kmeans = ", ".join(f"{spread(runs, 'top1')} in {statistics.median(run['seconds'] for run in runs):.0f} s ({title})"
-                       for title, n_images, runs in kmeans_runs() if n_images == 50_000)  # fmt: skip
-    return (f"{table(columns, rows)}\n\nTop-1 of the linear probe; 20-NN. CIFAR-10, {seeds}. Beside them, with all that it "
-            f"takes: {kmeans}. {measured_by('peers', results)}")  # fmt: skip
+    results, found = measured()
+    budgets = sorted({budget for by_budget in found.values() for budget in by_budget})
+    lines = []
+    for name, by_budget in found.items():
+        cells = [f"{spread(by_budget[budget], 'top1')}; {mean(by_budget[budget], 'knn_top1'):.1f}%" if budget in by_budget else ""
+                 for budget in budgets]  # fmt: skip
+        lines.append([METHODS[name].title, *cells])
+    seeds = count([len(rows) for by_budget in found.values() for rows in by_budget.values()])
+    known = " to ".join(f"{n:,}" for n in sorted({row["n_probe"] for row in results["rows"]}))
+    k = results["kmeans"]
+    return (f"{table(['', *map(minutes, budgets)], lines)}\n\nTop-1 of the linear probe; 20-NN. Both know the labels of {known} "
+            f"training images. CIFAR-10, all test images, {seeds}. k-means features with {k['n_centroids']} centroids, learned "
+            f"from {k['n_images']:,} images and with their labels: {k['top1']:.1f}% in {k['seconds']:.0f} s, probe included. "
+            f"{measured_by('peers', results)}")  # fmt: skip
 
 
 def choices_table():
-    """Return the table of the chosen learning rates and views, and of the scores that decided."""
-    rows = []
-    for row in read("peers")["rows"]:
-        scores = "; ".join(f"{rate}: {max(score.values()):.1f}" for rate, score in row["scores"].items())
-        about = [METHODS[row["method"]].title, minutes(row["budget"]), f"{row['n_steps']:,}", f"{row['lr']:g}", row["views"]]
-        rows.append([*about, scores])
-    return table(["", "budget", "steps", "rate", "views", "score of each rate"], rows)
-
-
-def best_peer(found, budget):
-    """Return (title, mean top-1) of the best of PEERS at a budget."""
-    means = {METHODS[name].title: statistics.mean(run["top1"] for run in found[name][budget])
-             for name in PEERS if budget in found.get(name, {})}  # fmt: skip
-    return max(means.items(), key=lambda item: item[1])
+    """Return the table of the optimizers and learning rates tried, and of the scores that decided."""
+    results, found = measured()
+    lines = []
+    for row in sorted(results["rows"], key=lambda row: list(found).index(row["method"])):
+        seconds = results["step_seconds"][f"{row['method']} {row['optimizer']}"]
+        scores = "; ".join(f"{how}: {score:.1f}" for how, score in row["scores"].items())
+        lines.append([METHODS[row["method"]].title, minutes(row["budget"]), f"{row['optimizer']} {row['lr']:g}",
+                      f"{row['n_steps']:,}", f"{seconds:.2f} s", str(row["bs"]), scores])  # fmt: skip
+    return table(["", "budget", "chosen", "steps", "a step", "images in it", "scores"], lines)
 
 
 def verdict():
     """Return two sentences: this program beside the best peer and supervised training, at the budgets that all have."""
-    results, found = read("peers"), rows_by_budget()
-    whole = [budget for budget in budgets() if all(budget in found.get(name, {}) for name in METHODS)]
+    results, found = measured()
+    whole = sorted(set.intersection(*(set(found.get(name, {})) for name in METHODS)))
     if not whole:
         raise FileNotFoundError("no budget of peers.json has all methods")
-
-    def mean(name, budget):
-        return f"{statistics.mean(run['top1'] for run in found[name][budget]):.1f}%"
-
     told = []
     for budget in whole:
-        title, top1 = best_peer(found, budget)
-        told.append(f"after {minutes(budget)} {mean('preset', budget)} ({title}, the best peer: {top1:.1f}%; supervised: "
-                    f"{mean(CEILING, budget)})")  # fmt: skip
+        best = max(PEERS, key=lambda name: mean(found[name][budget]))
+        told.append(f"after {minutes(budget)} {mean(found['preset'][budget]):.1f}% ({METHODS[best].title}, the best peer: "
+                    f"{mean(found[best][budget]):.1f}%; supervised: {mean(found[REFERENCE][budget]):.1f}%)")  # fmt: skip
     m = results["machine"]
-    return (f"With the same network, images and seconds of training on {m['cores']} CPU cores, `--preset laptop` has "
-            f"{', '.join(told)}. The peers are {', '.join(METHODS[name].title for name in PEERS)} from lightly's losses and "
-            f"heads, each with the best of three learning rates and the better of two ways to encode.")  # fmt: skip
+    return (f"With the same network, images and seconds of training on {m['cores']} cores, {m['processor']}, {m['precision']}, "
+            f"`--preset laptop` has {', '.join(told)}. The peers are {', '.join(METHODS[name].title for name in PEERS)}, with "
+            f"lightly's losses and heads, each with the best of three or four optimizers and learning rates, tried at "
+            f"{minutes(TRIED)}.")  # fmt: skip
 
 
-def engines_table():
-    """Return the table of engines.json: patches per second and memory of a training step."""
-    results = read("engines")
-    per_step = results["n_patches"] * results["bs"]
-    titles = {"ours": "this program", "plain": "`benchmarks/baseline.py`", "lightly": "lightly's parts, sign corrected"}
-    ours = statistics.median(results["engines"]["ours"]["seconds"])
-    rows = []
-    for name, step in results["engines"].items():
-        seconds = statistics.median(step["seconds"])
-        rows.append([titles[name], f"{seconds / ours:.1f}", f"{per_step / seconds:.0f}", f"{results['bs'] / seconds:.0f}",
-                     f"{step['memory'] / 1e9:.2f} GB"])  # fmt: skip
-    columns = ["", "time of a step, ours = 1", "patches per second", "images per second", "peak memory, without workers"]
-    return (f"{table(columns, rows)}\n\n`resnet18-cifar`, {results['n_patches']} patches of 32 pixels of each of {results['bs']} "
-            f"images. {measured_by('engines', results)}")  # fmt: skip
+STYLES = {"preset": {"linewidth": 2.5}, REFERENCE: {"linestyle": "--", "color": "black"}}
 
 
 def figure():
     """Return the picture as a figure of matplotlib."""
     from matplotlib.figure import Figure  # an optional package
 
+    results, found = measured()
     made = Figure(figsize=(7, 4.2), layout="constrained")
     axes = made.add_subplot(xscale="log", xlabel="minutes of training", ylabel="linear probe, top-1 (%)")
-    for (name, by_budget), marker in zip(rows_by_budget().items(), "osD^vP*", strict=False):
-        points = sorted((budget / 60, statistics.mean(run["top1"] for run in runs)) for budget, runs in by_budget.items())
-        style = {"linestyle": "--", "color": "black"} if name == CEILING else {"linewidth": 2.5} if name == "preset" else {}
-        axes.plot(*zip(*points, strict=True), marker=marker, label=METHODS[name].title, **style)
-    points = [(statistics.median(run["seconds"] for run in runs) / 60, runs[0]["top1"])
-              for _, n_images, runs in kmeans_runs() if n_images == 50_000]  # fmt: skip
-    axes.plot(*zip(*points, strict=True), marker="x", color="grey", linestyle=":", label="k-means (all its seconds)")
-    ticks = [budget / 60 for budget in budgets()]
+    for (name, by_budget), marker in zip(found.items(), "osD^vP*", strict=False):
+        points = sorted((budget / 60, mean(rows)) for budget, rows in by_budget.items())
+        axes.plot(*zip(*points, strict=True), marker=marker, label=METHODS[name].title, **STYLES.get(name, {}))
+    k = results["kmeans"]
+    axes.plot(k["seconds"] / 60, k["top1"], "x", color="grey", label="k-means (all its seconds)")
+    ticks = sorted({budget / 60 for by_budget in found.values() for budget in by_budget})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    m = read("peers")["machine"]
+    m = results["machine"]
     axes.set_title(f"CIFAR-10, resnet18-tiny; {m['cores']} cores, {m['processor']}, {m['precision']}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

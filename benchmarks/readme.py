@@ -41,7 +41,7 @@ PARTS = {
     "peers": (peers_results.results_table, "peers --data_dir DIR"),
     "peers-verdict": (peers_results.verdict, "peers --data_dir DIR"),
     "peers-choices": (peers_results.choices_table, "peers --data_dir DIR"),
-    "engines": (peers_results.engines_table, "engines"),
+    "engines": (tables.engines, "engines"),
     "precision": (tables.precision, "study precision"),
     "speed-cpu": (partial(tables.speed, "cpu"), "speed"),
     "speed-cuda": (partial(tables.speed, "cuda"), "speed --device cuda"),

@@ -253,7 +253,7 @@ def cost():
     return (
         f"What it costs: a checkpoint of the default network, {results['bytes'] / 1e6:.0f} MB, flushed to disk, takes "
         f"{100 * checkpoint / results['checkpoint_every']:.1f}% of the {results['checkpoint_every']:.0f} seconds between two of "
-        f"them (`--checkpoint_every`); the losses, gradients and weights are looked at before each, and the losses after every "
+        f"them (`--checkpoint_every`); the losses, gradients and weights are checked before each, and the losses after every "
         f"{results['print_freq']} steps, which takes {1e3 * check:.1f} ms where a step takes {step:.1f} s. "
         f"{measured_by('speed --only cost', results)}"
     )
@@ -285,3 +285,19 @@ def large():
         f"DataLoader of two workers, checksums and writing included, and is done once. "
         f"{measured_by('speed --only large', results)}"
     )
+
+
+def engines():
+    """Return the table of engines.json: patches per second and memory of a training step."""
+    results = read("engines")
+    per_step = results["n_patches"] * results["bs"]
+    titles = {"ours": "this program", "plain": "`benchmarks/baseline.py`", "lightly": "lightly's parts, sign corrected"}
+    ours = statistics.median(results["engines"]["ours"]["seconds"])
+    rows = []
+    for name, step in results["engines"].items():
+        seconds = statistics.median(step["seconds"])
+        rows.append([titles[name], f"{seconds / ours:.1f}", f"{per_step / seconds:.0f}", f"{results['bs'] / seconds:.0f}",
+                     f"{step['memory'] / 1e9:.2f} GB"])  # fmt: skip
+    columns = ["", "time of a step, ours = 1", "patches per second", "images per second", "peak memory, without workers"]
+    return (f"{table(columns, rows)}\n\n`resnet18-cifar`, {results['n_patches']} patches of 32 pixels of each of {results['bs']} "
+            f"images. {measured_by('engines', results)}")  # fmt: skip

@@ -2,20 +2,31 @@
 
 import json
 
+import pytest
 import torch
+from helpers import pictures
 
-from benchmarks import peers
+from backbones import build_backbone
+from benchmarks import methods, peers, peers_results, tables
+from benchmarks.methods import METHODS
+from data import ImageSet
 from infra.device import generator
 from patches import Augment
 
 PLAIN = Augment(jitter=0, grey=0, blur=0, solarise=0)
 
 
+def textures(every):
+    """Return each of so many images of the ten textures, in 16 pixels."""
+    images = peers.rows_of(peers.load_images("textures", ".", True), slice(None, None, every))
+    return images._replace(images=images.images[:, :, ::2, ::2])
+
+
 def test_views_are_crops_of_the_image_in_the_stated_range():
     """In an image whose colours are the coordinates, a view shows where it was cut."""
     x = torch.arange(32).expand(32, 32)
     images = torch.stack([x, x.T, torch.full_like(x, 7)]).to(torch.uint8)[None].repeat(500, 1, 1, 1) * 4
-    views = (peers.random_views(images, generator(0, "test"), 2, augmentation=PLAIN).flatten(0, 1) + 1) * 255 / 8  # in pixels
+    views = (methods.random_views(images, generator(0, "test"), 2, augmentation=PLAIN).flatten(0, 1) + 1) * 255 / 8  # in pixels
     columns, rows = views[:, 0, 8], views[:, 1, :, 8]
     width, height = (16 / 8 * (line[:, 11] - line[:, 3]) for line in (columns, rows))  # inside, where no border is repeated
     flipped = width < 0
@@ -30,33 +41,118 @@ def test_views_are_crops_of_the_image_in_the_stated_range():
 def test_colours_of_views_are_augmented_in_their_own_order():
     """Sorting by the turn of the hue and back keeps each view at its place: a grey image stays the mean of its own view."""
     images = (torch.arange(40) * 6)[:, None, None, None].expand(-1, 3, 32, 32).to(torch.uint8)
-    views = peers.random_views(images, generator(1, "test"), augmentation=Augment(jitter=0.01, grey=0, blur=0, solarise=0))
+    views = methods.random_views(images, generator(1, "test"), augmentation=Augment(jitter=0.01, grey=0, blur=0, solarise=0))
     grey = (views.mean((2, 3, 4)) + 1) * 255 / 2
     assert (grey - torch.arange(40) * 6).abs().max() < 5
 
 
-def test_a_row_takes_the_best_rate_and_views_and_is_run_once(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_trains_the_backbone_by_each_of_its_optimizers(name):
+    if name not in ("preset", "lars", "supervised"):
+        pytest.importorskip("lightly")
+    for optimizer, rate in METHODS[name].tries:
+        backbone, _, step = METHODS[name].build(optimizer, rate, False)
+        assert backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+        first = [p.clone() for p in backbone.parameters()]
+        for i in range(2):
+            step(pictures(6), torch.arange(6), generator(0, "test", i))
+        assert all((p != q).any() and p.isfinite().all() for p, q in zip(backbone.parameters(), first, strict=True))
+
+
+def test_the_target_of_byol_follows_by_a_hundredth():
+    pytest.importorskip("lightly")
+    backbone = build_backbone(methods.ARCH)[0]
+    heads, forward, criterion = methods.byol(backbone)
+    images, labels = pictures(6), torch.arange(6)
+    *predicted, z0, z1 = forward(images, labels, generator(0, "test"))
+    assert not z0.requires_grad and all(p.requires_grad for p in predicted)
+    with torch.no_grad():
+        for p in [*backbone.parameters(), *heads[0].parameters()]:
+            p.mul_(3)
+    followed = torch.cat([z.flatten() for z in forward(images, labels, generator(0, "test"))[2:]])
+    before = torch.cat([z0.flatten(), z1.flatten()])
+    assert 0 < (followed - before).norm() / before.norm() < 0.3
+    assert criterion(z0, z1, z1, z0) == pytest.approx(-1)
+
+
+def test_the_covariance_of_vicreg_is_lightlys():
+    reference = pytest.importorskip("lightly.loss.vicreg_loss")
+    z = torch.randn(7, 20, generator=generator(0, "test"), dtype=torch.float64)
+    cov = torch.cov(z.T)
+    cov.fill_diagonal_(0)
+    assert methods.covariance_loss(z) == pytest.approx(cov.square().sum() / 20)
+    assert reference.VICRegLoss(lambda_param=0, mu_param=0)(z, z) == pytest.approx(2 * methods.covariance_loss(z))
+
+
+def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "kmeans_row", lambda options: {})
+    monkeypatch.setattr(peers, "TRIED", 20)
     monkeypatch.setattr(peers, "N_FIT", 60)
     monkeypatch.setattr(peers, "N_SCORED", 40)
     monkeypatch.setattr(peers, "FIT", peers.FIT._replace(n_epochs=2))
-    monkeypatch.setattr(peers, "step_seconds", lambda names, *_: dict.fromkeys(names, 10))
-    textures = peers.load_images("textures", tmp_path, True)
-    few = textures._replace(images=textures.images[::25], labels=textures.labels[::25])  # 10 classes
+    for name in ("preset", "supervised"):
+        monkeypatch.setitem(METHODS, name, METHODS[name]._replace(bs=4))
+    seconds = {"preset muon": 10, "supervised sgd": 10, "supervised muon": 20}
+    monkeypatch.setattr(peers, "step_seconds", lambda *_: seconds)
+    few = textures(25)  # 160 images
     monkeypatch.setattr(peers, "load_images", lambda *_: few)
-    given = "--data_dir . --methods preset supervised --budgets 10 200".split()
-    argv = [*given, "--log_folder", str(tmp_path / "logs"), "--out", str(tmp_path / "out")]
-    (tmp_path / "out").mkdir()
+    given = "--data_dir . --methods preset supervised --budgets 20 40 --n_probe 100".split()
+    argv = [*given, "--log_folder", str(tmp_path / "logs"), "--out", str(tmp_path)]
     peers.main(argv)
-    path = tmp_path / "out" / "peers.json"
+    path = tmp_path / "peers.json"
     text = path.read_text()
     rows = {(row["method"], row["budget"]): row for row in json.loads(text)["rows"]}
-    assert list(rows) == [("preset", 10), ("supervised", 10), ("preset", 200), ("supervised", 200)]
-    short, long = rows["supervised", 10], rows["supervised", 200]
-    assert (short["n_steps"], long["n_steps"]) == (1, 20)
-    assert list(short["scores"]) == ["0.02", "0.06", "0.2"] and list(long["scores"]) == [f"{short['lr']:g}"]
-    best = max(score for scores in short["scores"].values() for score in scores.values())
-    assert short["scores"][f"{short['lr']:g}"][short["views"]] == best
-    assert long["top1"] > 20  # chance: 10
+    assert list(rows) == [("preset", 20), ("supervised", 20), ("preset", 40), ("supervised", 40)]
+    short, long = rows["supervised", 20], rows["supervised", 40]
+    chosen = f"{short['optimizer']} {short['lr']:g}"
+    assert short["n_steps"] == 20 / seconds[f"supervised {short['optimizer']}"]
+    assert list(short["scores"]) == ["sgd 0.02", "sgd 0.06", "sgd 0.2", "muon 0.05"]
+    assert short["scores"][chosen] == max(short["scores"].values()) and list(long["scores"]) == [chosen]
+    assert short["n_probe"] == 100 and len(list((tmp_path / "logs").iterdir())) == 4 + 1 + 1 + 1
     capsys.readouterr()
     peers.main(argv)
     assert path.read_text() == text and not capsys.readouterr().out
+    path.write_text(text.replace('"cores": ', '"cores": 9'))
+    with pytest.raises(SystemExit):
+        peers.main(argv)
+    assert "another machine" in capsys.readouterr().err
+
+
+def test_the_scored_images_train_nothing():
+    images = ImageSet(torch.arange(9000), torch.arange(9000), ())
+    scored, fitted, rest = (set(part.labels.tolist()) for part in peers.split(images, 42))
+    assert len(scored) == peers.N_SCORED and len(fitted) == peers.N_FIT
+    assert not scored & rest and fitted < rest and scored | rest == set(range(9000))
+
+
+def test_a_method_learns():
+    """Training by the labels alone makes the features of other images better."""
+    train, test = (peers.rows_of(textures(10), slice(i, None, 2)) for i in range(2))
+    method = METHODS["supervised"]._replace(bs=40)
+    before, after = (peers.train(method, ("sgd", 0.06), 0, train, n, False) for n in (1, 25))
+    scores = [peers.evaluate(backbone, train, test, 0, False)["knn_top1"] for backbone in (before, after)]
+    assert scores[1] > scores[0] + 5
+
+
+def test_the_tables_and_the_verdict_show_the_rows(tmp_path, monkeypatch):
+    def row(name, budget, top1, seed=42):
+        optimizer, rate = METHODS[name].tries[0]
+        return {"method": name, "budget": budget, "seed": seed, "top1": top1, "knn_top1": top1 - 10, "n_probe": 1000,
+                "n_steps": 9, "optimizer": optimizer, "lr": rate, "bs": 128,
+                "scores": {f"{optimizer} {rate:g}": 50.04}}  # fmt: skip
+
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    with pytest.raises(FileNotFoundError):
+        peers_results.results_table()
+    machine = {**dict.fromkeys(("processor", "device", "precision", "python", "torch", "torchvision"), "m"), "cores": 2}
+    rows = [row("preset", 60, 70), row("preset", 60, 72, seed=43), row("simclr", 60, 61)]
+    content = {"machine": machine, "rows": rows, "kmeans": {"n_centroids": 400, "n_images": 1000, "top1": 60, "seconds": 40},
+               "step_seconds": {f"{name} {METHODS[name].tries[0][0]}": 2.5 for name in METHODS}}  # fmt: skip
+    (tmp_path / "peers.json").write_text(json.dumps(content))
+    assert "| EMP-SSL, --preset laptop | 71.0% (70.0 to 72.0); 61.0% |" in peers_results.results_table()
+    assert "| SimCLR | 1 minute | sgd 0.02 | 9 | 2.50 s | 128 | sgd 0.02: 50.0 |" in peers_results.choices_table()
+    with pytest.raises(FileNotFoundError):
+        peers_results.verdict()
+    rows += [row(name, 60, 50 + i) for i, name in enumerate(METHODS) if name not in ("preset", "simclr")]
+    (tmp_path / "peers.json").write_text(json.dumps(content))
+    assert "has after 1 minute 71.0% (SimCLR, the best peer: 61.0%; supervised: 56.0%)." in peers_results.verdict()
