@@ -83,7 +83,7 @@ def test_the_shortest_run_from_the_shell(tmp_path):
     """A line of the README's, as a new user types it, on a data set that needs no download; in a folder of its own."""
     line = "main.py train --n_patches 20"
     assert f"python {line}" in SHELL
-    small = "--dataset textures --n_images 50 --bs 25 --n_epochs 1 --arch resnet18-tiny --h_dim 8 --test_patches 1"
+    small = "--dataset textures --n_images 50 --bs 25 --n_epochs 1 --arch resnet18-tiny --h_dim 8 --input_size 8 --test_patches 1"
     command = [sys.executable, ROOT / line.split()[0], *line.split()[1:], *small.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

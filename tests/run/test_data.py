@@ -294,7 +294,7 @@ def test_few_steps_are_warned_of_once(tiny, tmp_path, capsys):
         assert main.main([*tiny, "--n_epochs", n_epochs, "--log_folder", str(tmp_path)]) == 0
         err = capsys.readouterr().err
         assert err.startswith(warning) and err.count("\n") == bool(warning)
-    for n_epochs, warned in ((0, False), (1, True), (1.98, True), (2, False)):
+    for n_epochs, warned in ((0, False), (0.5, True), (0.98, True), (1, False)):
         warn_of_few_steps(Hparams(bs=2, n_epochs=n_epochs), n_images=101)
         assert ("teaches little" in capsys.readouterr().err) == warned, n_epochs
 
