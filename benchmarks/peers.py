@@ -6,11 +6,12 @@
     python -m benchmarks.peers_results                                     # draws pictures/peers.png
 
 All methods train the same network, resnet18-tiny, with 16 pixels on the same images. The first start measures the time of a
-step of each method, and k-means features. A budget is then a number of steps, so that the accuracy does not depend on what else
-the machine does. A method tries several optimizers and learning rates at budgets up to TRIED seconds, and takes what has the best
-linear probe on N_SCORED training images that neither the method nor the probe is trained with. Longer budgets take the choice of
-the longest of these. All methods are encoded alike: all stages of the whole image in 4 x 4 places. Each training run is kept in
---log_folder and each result is a row of benchmarks/results/peers.json; what is there is not run again.
+step of each method, k-means features, and the untrained network. A budget is then a number of steps, so that the accuracy does
+not depend on what else the machine does. A method tries several optimizers and learning rates at budgets up to TRIED seconds,
+and takes what has the best linear probe on N_SCORED training images that neither the method nor the probe is trained with. Longer
+budgets take the choice of the longest of these. All methods are encoded alike: all stages of the whole image in 4 x 4 places.
+Each training run is kept in --log_folder and each result is a row of benchmarks/results/peers.json; what is there is not run
+again.
 """
 
 import math
@@ -104,6 +105,17 @@ def tries(name, budget, seed, rows):
     return ((chosen["optimizer"], chosen["lr"]),) if chosen else METHODS[name].tries
 
 
+def known_to_probe(images, options):
+    """Return the training images whose labels the probe knows."""
+    return rows_of(images, torch.randperm(len(images.images), generator=generator(options.seed, "known"))[: options.n_probe])
+
+
+def untrained(options, images, bf16):
+    """Return the accuracies of the network with random weights."""
+    torch.manual_seed(options.seed)
+    return evaluate(build_backbone(ARCH)[0], known_to_probe(images[0], options), images[1], options.seed, bf16)
+
+
 def measure(options, name, budget, results, images, bf16):
     """Return the row of a method at a budget: what was chosen, accuracies, steps."""
     train_images, test_images = images
@@ -114,8 +126,7 @@ def measure(options, name, budget, results, images, bf16):
     how = max(runs, key=lambda how: runs[how]["score"])
     backbone = build_backbone(ARCH)[0]
     backbone.load_state_dict(runs[how]["backbone"])
-    order = torch.randperm(len(train_images.images), generator=generator(options.seed, "known"))
-    known = rows_of(train_images, order[: options.n_probe])
+    known = known_to_probe(train_images, options)
     return {"method": name, "budget": budget, "seed": options.seed, "n_probe": len(known.images), "n_steps": runs[how]["n_steps"],
             "bs": METHODS[name].bs, "optimizer": how[0], "lr": how[1],
             **evaluate(backbone, known, test_images, options.seed, bf16),
@@ -164,6 +175,8 @@ def main(argv=None):
     results["step_seconds"] |= step_seconds(new, images[0], bf16)
     if "kmeans" not in results:
         results["kmeans"] = kmeans_row(options)
+    if "untrained" not in results:
+        results["untrained"] = untrained(options, images, bf16)
     files.write_json(path, results)
     for budget in sorted(options.budgets):
         for name in options.methods:

@@ -51,6 +51,7 @@ def results_table():
     return (f"{table(['', *map(minutes, budgets)], lines)}\n\nTop-1 of the linear probe; 20-NN. Both know the labels of {known} "
             f"training images. CIFAR-10, all test images, {seeds}. k-means features with {k['n_centroids']} centroids, learned "
             f"from {k['n_images']:,} images and with their labels: {k['top1']:.1f}% in {k['seconds']:.0f} s, probe included. "
+            f"The network untrained: {results['untrained']['top1']:.1f}%. "
             f"{measured_by('peers', results)}")  # fmt: skip
 
 
@@ -99,6 +100,7 @@ def figure():
         axes.plot(*zip(*points, strict=True), marker=marker, label=METHODS[name].title, **STYLES.get(name, {}))
     k = results["kmeans"]
     axes.plot(k["seconds"] / 60, k["top1"], "x", color="grey", label="k-means (all its seconds)")
+    axes.axhline(results["untrained"]["top1"], color="grey", linestyle=":", label="untrained")
     ticks = sorted({budget / 60 for by_budget in found.values() for budget in by_budget})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()

@@ -186,6 +186,8 @@ def parse(argv=None):
     unknown = sorted(set(options.only or ()) - set(names))
     if unknown:
         made.error(f"--only {unknown[0]}: choose from {', '.join(names)}")
+    if options.disturbed and options.group in ("demo", "precision", "one-minute"):
+        made.error(f"--disturbed: the table of {options.group} needs the seconds")
     return options
 
 

@@ -86,6 +86,7 @@ def test_the_covariance_of_vicreg_is_lightlys():
 
 def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peers, "kmeans_row", lambda options: {})
+    monkeypatch.setattr(peers, "untrained", lambda *_: {})
     monkeypatch.setattr(peers, "TRIED", 20)
     monkeypatch.setattr(peers, "N_FIT", 60)
     monkeypatch.setattr(peers, "N_SCORED", 40)
@@ -146,9 +147,11 @@ def test_the_tables_and_the_verdict_show_the_rows(tmp_path, monkeypatch):
         peers_results.results_table()
     machine = {**dict.fromkeys(("processor", "device", "precision", "python", "torch", "torchvision"), "m"), "cores": 2}
     rows = [row("preset", 60, 70), row("preset", 60, 72, seed=43), row("simclr", 60, 61)]
-    content = {"machine": machine, "rows": rows, "kmeans": {"n_centroids": 400, "n_images": 1000, "top1": 60, "seconds": 40},
+    kmeans = {"n_centroids": 400, "n_images": 1000, "top1": 60, "seconds": 40}
+    content = {"machine": machine, "rows": rows, "untrained": {"top1": 41}, "kmeans": kmeans,
                "step_seconds": {f"{name} {METHODS[name].tries[0][0]}": 2.5 for name in METHODS}}  # fmt: skip
     (tmp_path / "peers.json").write_text(json.dumps(content))
+    assert "untrained: 41.0%" in peers_results.results_table()
     assert "| EMP-SSL, --preset laptop | 71.0% (70.0 to 72.0); 61.0% |" in peers_results.results_table()
     assert "| SimCLR | 1 minute | sgd 0.02 | 9 | 2.50 s | 128 | sgd 0.02: 50.0 |" in peers_results.choices_table()
     with pytest.raises(FileNotFoundError):
