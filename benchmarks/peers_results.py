@@ -46,13 +46,14 @@ def results_table():
                  for budget in budgets]  # fmt: skip
         lines.append([METHODS[name].title, *cells])
     seeds = count([len(rows) for by_budget in found.values() for rows in by_budget.values()])
-    known = " to ".join(f"{n:,}" for n in sorted({row["n_probe"] for row in results["rows"]}))
+    known = sorted({row["n_probe"] for row in results["rows"]})
+    command = f"peers --data_dir DIR --n_probe {known[0]}"
     k = results["kmeans"]
+    known = " to ".join(f"{n:,}" for n in known)
     return (f"{table(['', *map(minutes, budgets)], lines)}\n\nTop-1 of the linear probe; 20-NN. Both know the labels of {known} "
             f"training images. CIFAR-10, all test images, {seeds}. k-means features with {k['n_centroids']} centroids, learned "
             f"from {k['n_images']:,} images and with their labels: {k['top1']:.1f}% in {k['seconds']:.0f} s, probe included. "
-            f"The network untrained: {results['untrained']['top1']:.1f}%. "
-            f"{measured_by('peers', results)}")  # fmt: skip
+            f"The network untrained: {results['untrained']['top1']:.1f}%. {measured_by(command, results)}")  # fmt: skip
 
 
 def choices_table():
