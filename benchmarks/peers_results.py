@@ -77,13 +77,15 @@ def verdict():
     told = []
     for budget in whole:
         best = max(PEERS, key=lambda name: mean(found[name][budget]))
-        told.append(f"after {minutes(budget)} {mean(found['preset'][budget]):.1f}% ({METHODS[best].title}, the best peer: "
-                    f"{mean(found[best][budget]):.1f}%; supervised: {mean(found[REFERENCE][budget]):.1f}%)")  # fmt: skip
+        ours, theirs, reference = (mean(found[name][budget]) for name in ("preset", best, REFERENCE))
+        told.append(f"{'ahead of' if ours > theirs else 'behind'} {METHODS[best].title} after {minutes(budget)} "
+                    f"({ours:.1f}% against {theirs:.1f}%; supervised: {reference:.1f}%)")  # fmt: skip
     m = results["machine"]
+    seeds = count([len(rows) for by_budget in found.values() for rows in by_budget.values()])
     return (f"With the same network, images and seconds of training on {m['cores']} cores, {m['processor']}, {m['precision']}, "
-            f"`--preset laptop` has {', '.join(told)}. The peers are {', '.join(METHODS[name].title for name in PEERS)}, with "
-            f"lightly's losses and heads, each with the best of three or four optimizers and learning rates, tried at "
-            f"{minutes(TRIED)}.")  # fmt: skip
+            f"`--preset laptop` is {' and '.join(told)}. The named one is the best of the peers, "
+            f"{', '.join(METHODS[name].title for name in PEERS)}, with lightly's losses and heads, each with the best of three "
+            f"or four optimizers and learning rates, tried at {minutes(TRIED)}; {seeds}.")  # fmt: skip
 
 
 STYLES = {"preset": {"linewidth": 2.5}, REFERENCE: {"linestyle": "--", "color": "black"}}

@@ -158,4 +158,7 @@ def test_the_tables_and_the_verdict_show_the_rows(tmp_path, monkeypatch):
         peers_results.verdict()
     rows += [row(name, 60, 50 + i) for i, name in enumerate(METHODS) if name not in ("preset", "simclr")]
     (tmp_path / "peers.json").write_text(json.dumps(content))
-    assert "has after 1 minute 71.0% (SimCLR, the best peer: 61.0%; supervised: 56.0%)." in peers_results.verdict()
+    assert "is ahead of SimCLR after 1 minute (71.0% against 61.0%; supervised: 56.0%)." in peers_results.verdict()
+    rows += [row(name, 180, 50 + i) for i, name in enumerate(METHODS)]
+    (tmp_path / "peers.json").write_text(json.dumps(content))
+    assert "56.0%) and behind BYOL after 3 minutes (50.0% against 55.0%; supervised: 56.0%)." in peers_results.verdict()
