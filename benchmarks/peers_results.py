@@ -110,7 +110,7 @@ def figure():
     m = results["machine"]
     axes.set_title(f"CIFAR-10, resnet18-tiny; {m['cores']} cores, {m['processor']}, {m['precision']}", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves
     return made
 
 
