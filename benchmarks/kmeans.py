@@ -79,9 +79,8 @@ def learn(train, test, n_centroids, rng):
     return x.sub_(shift).div_(scale), x_test.sub_(shift).div_(scale)
 
 
-def run(options):
-    """Learn, fit the probe, and return the row of results."""
-    train, test = (load_images(options.dataset, options.data_dir, split) for split in (True, False))
+def run(options, train, test):
+    """Learn from the training images, fit the probe, and return the row of results."""
     if options.n_images:
         train = subset_of(train, options.n_images, generator(options.seed, "subset"))
     wall, cpu = time.monotonic(), time.process_time()
@@ -105,7 +104,8 @@ def main(argv=None):
     options = made.parse_args(argv)
     configure(torch.device("cpu"))
     path, here = options.out / "kmeans.json", machine("cpu")
-    row = {**run(options), "machine": here}
+    train, test = (load_images(options.dataset, options.data_dir, split) for split in (True, False))
+    row = {**run(options, train, test), "machine": here}
     files.write_json(path, {"rows": [*files.read_json(path).get("rows", []), row]})
     print({name: value for name, value in row.items() if name != "machine"})
 

@@ -120,7 +120,7 @@ def supervised(backbone):
         (view,) = random_views(images, rng, 1, (0.25, 1.0), Augment(jitter=0, grey=0, blur=0, solarise=0))
         return head(backbone(view)), labels
 
-    return head, forward, lambda logits, labels: F.cross_entropy(logits.float(), labels)
+    return head, forward, F.cross_entropy
 
 
 def around(parts_of, optimizer, rate, bf16):

@@ -14,7 +14,6 @@ Each training run is kept in --log_folder and each result is a row of benchmarks
 again.
 """
 
-import math
 import statistics
 import time
 from argparse import Namespace
@@ -26,12 +25,13 @@ from backbones import build_backbone, stage_means
 from benchmarks import kmeans
 from benchmarks.common import commit, machine, parser
 from benchmarks.methods import ARCH, METHODS
-from data import load_images
+from data import load_images, subset_at
 from evaluate import Fit, knn, linear_probe
 from infra import files
 from infra.console import progress_bar
 from infra.device import configure, generator
 from model import fold_batch_norm
+from optimizers import learning_rate
 from patches import to_signed
 
 PARTS = 4
@@ -46,13 +46,14 @@ def train(method, how, seed, images, n_steps, bf16):
     """Return the backbone after n_steps by how = (optimizer, rate), with a cosine from the rate to 0."""
     torch.manual_seed(seed)
     backbone, optimizer, step = method.build(*how, bf16)
+    hp = Namespace(lr=how[1], schedule="cosine")
     per_epoch = len(images.images) // method.bs
     for i in progress_bar(range(n_steps), f"{method.title}, {how[0]} {how[1]:g}"):
         epoch, place = divmod(i, per_epoch)
         if place == 0:
             order = torch.randperm(len(images.images), generator=generator(seed, "order", epoch))
         for group in optimizer.param_groups:
-            group["lr"] = how[1] * (1 + math.cos(math.pi * i / n_steps)) / 2
+            group["lr"] = learning_rate(hp, i / n_steps)
         rows = order[place * method.bs : (place + 1) * method.bs]
         step(images.images[rows], images.labels[rows], generator(seed, "patches", epoch, place))
     return backbone
@@ -70,13 +71,9 @@ def embed(backbone, images, bf16, bs=200):
 def evaluate(backbone, images, test_images, seed, bf16):
     """Return the accuracies of a linear probe and of 20-NN that know these labelled images."""
     x, x_test = (embed(backbone, part.images, bf16) for part in (images, test_images))
-    labels = (images.labels, test_images.labels)
-    result = linear_probe(x, labels[0], x_test, labels[1], 10, FIT._replace(seed=seed, bf16=bf16))[0]
-    return {"top1": result["top1"], "train_top1": result["train_top1"], "knn_top1": knn(x, labels[0], x_test, labels[1], 10)}
-
-
-def rows_of(images, rows):
-    return images._replace(images=images.images[rows], labels=images.labels[rows])
+    y, y_test = images.labels, test_images.labels
+    result = linear_probe(x, y, x_test, y_test, 10, FIT._replace(seed=seed, bf16=bf16))[0]
+    return {"top1": result["top1"], "train_top1": result["train_top1"], "knn_top1": knn(x, y, x_test, y_test, 10)}
 
 
 def tried(options, name, how, images, n_steps, bf16):
@@ -95,7 +92,7 @@ def split(images, seed):
     """Return (N_SCORED images, N_FIT others, all but the scored ones)."""
     order = torch.randperm(len(images.images), generator=generator(seed, "scored"))
     rows = order[:N_SCORED], order[N_SCORED : N_SCORED + N_FIT], order[N_SCORED:]
-    return tuple(rows_of(images, part) for part in rows)
+    return tuple(subset_at(images, part) for part in rows)
 
 
 def tries(name, budget, seed, rows):
@@ -107,7 +104,7 @@ def tries(name, budget, seed, rows):
 
 def known_to_probe(images, options):
     """Return the training images whose labels the probe knows."""
-    return rows_of(images, torch.randperm(len(images.images), generator=generator(options.seed, "known"))[: options.n_probe])
+    return subset_at(images, torch.randperm(len(images.images), generator=generator(options.seed, "known"))[: options.n_probe])
 
 
 def untrained(options, images, bf16):
@@ -137,7 +134,7 @@ def measure(options, name, budget, results, images, bf16):
 def step_seconds(names, images, bf16, n_rounds=9):
     """Return {"method optimizer": median seconds of a training step} of some of METHODS, measured in turns."""
     steps = {f"{name} {optimizer}": (METHODS[name].bs, METHODS[name].build(optimizer, rate, bf16)[2])
-             for name in names for optimizer, rate in METHODS[name].tries}  # fmt: skip
+             for name in names for optimizer, rate in dict(METHODS[name].tries).items()}  # fmt: skip
     seconds = {name: [] for name in steps}
     for i in range(n_rounds):
         for name, (bs, step) in steps.items():
@@ -147,10 +144,10 @@ def step_seconds(names, images, bf16, n_rounds=9):
     return {name: statistics.median(times[2:]) for name, times in seconds.items()}
 
 
-def kmeans_row(options):
+def kmeans_row(options, images):
     """Return the row of k-means features, which know the labels of as many images and have the same epochs of the probe."""
-    return kmeans.run(Namespace(dataset=options.dataset, data_dir=options.data_dir, seed=options.seed, n_images=options.n_probe,
-                                n_centroids=KMEANS, n_eval_epochs=FIT.n_epochs))  # fmt: skip
+    given = Namespace(seed=options.seed, n_images=options.n_probe, n_centroids=KMEANS, n_eval_epochs=FIT.n_epochs)
+    return kmeans.run(given, *images)
 
 
 def main(argv=None):
@@ -174,13 +171,13 @@ def main(argv=None):
     new = [name for name in options.methods if not any(key.startswith(f"{name} ") for key in results["step_seconds"])]
     results["step_seconds"] |= step_seconds(new, images[0], bf16)
     if "kmeans" not in results:
-        results["kmeans"] = kmeans_row(options)
+        results["kmeans"] = kmeans_row(options, images)
     if "untrained" not in results:
         results["untrained"] = untrained(options, images, bf16)
     files.write_json(path, results)
+    done = {(row["method"], row["budget"], row["seed"], row["n_probe"]) for row in results["rows"]}
     for budget in sorted(options.budgets):
         for name in options.methods:
-            done = {(row["method"], row["budget"], row["seed"], row["n_probe"]) for row in results["rows"]}
             if (name, budget, options.seed, options.n_probe or len(images[0].images)) not in done:
                 results["rows"].append(measure(options, name, budget, results, images, bf16))
                 files.write_json(path, results)

@@ -11,7 +11,7 @@ from helpers import ROOT
 
 import main
 import train
-from benchmarks import laptop, method, rows, study, tables
+from benchmarks import claims, laptop, method, rows, study, tables
 from infra.device import generator
 from patches import sample_patches
 from textures import make_textures
@@ -114,6 +114,29 @@ def test_no_figure_lies_in_a_row_that_is_not_measured():
     recorded = json.loads((ROOT / "benchmarks" / "results" / "one-minute.json").read_text())["tries"]
     for name, entry in recorded.items():
         assert entry["changed"] or rows.TRIES[name] == entry["options"], name
+
+
+def test_what_decides_a_claim():
+    """The ranges of the seeds for what is above; from one seed two points; two points for what is as good."""
+    def row(*top1):
+        return {"runs": [{"top1": x} for x in top1]}
+
+    results = {"a": row(60, 61), "b": row(59), "c": row(50), "d": row(59, 59.5), "e": row(59, 60.5)}
+
+    def answer(*names):
+        return claims.verdict(results, *names).split(",")[0]
+
+    assert [answer("a", claims.ABOVE, name) for name in "bcde"] == ["undecided", "**yes**", "**yes**", "**no**"]
+    assert [answer(name, claims.ABOVE, "a") for name in "bcd"] == ["undecided", "**no**", "**no**"]
+    assert [answer(name, claims.CLOSE, "a") for name in "bc"] == ["**yes**", "**no**"]
+    assert answer("a", claims.ABOVE, "f") == "not yet measured"
+
+
+def test_a_table_that_needs_the_seconds_refuses_disturbed_runs(capsys):
+    assert study.parse(["laptop", "--disturbed"]).disturbed
+    with pytest.raises(SystemExit):
+        study.parse(["demo", "--disturbed"])
+    assert "--disturbed: the table of demo needs the seconds" in capsys.readouterr().err
 
 
 def test_the_curve_and_its_table_show_the_results(tmp_path, monkeypatch):

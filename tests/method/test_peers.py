@@ -9,7 +9,7 @@ from helpers import pictures
 from backbones import build_backbone
 from benchmarks import methods, peers, peers_results, tables
 from benchmarks.methods import METHODS
-from data import ImageSet
+from data import ImageSet, load_images, subset_at
 from infra.device import generator
 from patches import Augment
 
@@ -18,7 +18,8 @@ PLAIN = Augment(jitter=0, grey=0, blur=0, solarise=0)
 
 def textures(every):
     """Return each of so many images of the ten textures, in 16 pixels."""
-    images = peers.rows_of(peers.load_images("textures", ".", True), slice(None, None, every))
+    images = load_images("textures", ".", True)
+    images = subset_at(images, torch.arange(0, len(images.images), every))
     return images._replace(images=images.images[:, :, ::2, ::2])
 
 
@@ -85,7 +86,7 @@ def test_the_covariance_of_vicreg_is_lightlys():
 
 
 def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(peers, "kmeans_row", lambda options: {})
+    monkeypatch.setattr(peers, "kmeans_row", lambda *_: {})
     monkeypatch.setattr(peers, "untrained", lambda *_: {})
     monkeypatch.setattr(peers, "TRIED", 20)
     monkeypatch.setattr(peers, "N_FIT", 60)
@@ -128,7 +129,7 @@ def test_the_scored_images_train_nothing():
 
 def test_a_method_learns():
     """Training by the labels alone makes the features of other images better."""
-    train, test = (peers.rows_of(textures(10), slice(i, None, 2)) for i in range(2))
+    train, test = (subset_at(textures(10), torch.arange(i, 400, 2)) for i in range(2))
     method = METHODS["supervised"]._replace(bs=40)
     before, after = (peers.train(method, ("sgd", 0.06), 0, train, n, False) for n in (1, 15))
     scores = [peers.evaluate(backbone, train, test, 0, False)["knn_top1"] for backbone in (before, after)]
