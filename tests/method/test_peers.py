@@ -128,12 +128,13 @@ def test_the_scored_images_train_nothing():
 
 
 def test_a_method_learns():
-    """Training by the labels alone makes the features of other images better."""
+    """Training by the labels makes the features of other images better than as many steps that change batch norm's statistics
+    alone, measured: 20-NN 68.5 against 49.5."""
     train, test = (subset_at(textures(10), torch.arange(i, 400, 2)) for i in range(2))
     method = METHODS["supervised"]._replace(bs=40)
-    before, after = (peers.train(method, ("sgd", 0.06), 0, train, n, False) for n in (1, 15))
-    scores = [peers.evaluate(backbone, train, test, 0, False)["knn_top1"] for backbone in (before, after)]
-    assert scores[1] > scores[0] + 5
+    still, trained = (peers.train(method, ("muon", rate), 0, train, 15, False) for rate in (1e-9, 0.05))
+    scores = [peers.evaluate(backbone, train, test, 0, False)["knn_top1"] for backbone in (still, trained)]
+    assert scores[1] > scores[0] + 10
 
 
 def test_the_tables_and_the_verdict_show_the_rows(tmp_path, monkeypatch):
