@@ -19,7 +19,7 @@ def test_orthogonalised_keeps_the_singular_vectors_and_levels_the_values(shape):
 
 
 def test_two_steps_written_out():
-    """A matrix as a convolution has it, a bias, and a matrix of zeros, which moves by lr itself."""
+    """A matrix as a convolution has it, which keeps its length, a bias, and a matrix of zeros, whose first step has length lr."""
     random = torch.Generator().manual_seed(0)
     values = [torch.randn(6, 2, 3, 3, generator=random), torch.randn(6, generator=random), torch.zeros(3, 4)]
     grads = [[torch.randn(value.shape, generator=random) for value in values] for _ in range(2)]
@@ -35,8 +35,11 @@ def test_two_steps_written_out():
                 values[i] = value - 0.3 * update
                 continue
             U = orthogonalised(update.reshape(len(value), -1)).reshape(value.shape)
-            length = value.norm() if value.any() else 1.0
-            values[i] = value - 0.1 * length * U / U.norm()
+            if not value.any():
+                values[i] = -0.1 * U / U.norm()
+                continue
+            moved = value - 0.1 * value.norm() * U / U.norm()
+            values[i] = moved * value.norm() / moved.norm()
         optimizer.step()
     for p, value in zip(params, values, strict=True):
         torch.testing.assert_close(p.detach(), value)
