@@ -7,11 +7,11 @@
 
 All methods train the same network, resnet18-tiny, with 16 pixels on the same images. The first start measures the time of a
 step of each method, k-means features, and the untrained network. A budget is then a number of steps, so that the accuracy does
-not depend on what else the machine does. A method tries several optimizers and learning rates at budgets up to TRIED seconds,
-and takes what has the best linear probe on N_SCORED training images that neither the method nor the probe is trained with. Longer
-budgets take the choice of the longest of these. All methods are encoded alike: all stages of the whole image in 4 x 4 places.
-Each training run is kept in --log_folder and each result is a row of benchmarks/results/peers.json; what is there is not run
-again.
+not depend on what else the machine does, and rows can be added on another machine of the same precision. A method tries several
+optimizers and learning rates at budgets up to TRIED seconds, and takes what has the best linear probe on N_SCORED training
+images that neither the method nor the probe is trained with. Longer budgets and further seeds take its choice at TRIED. All
+methods are encoded alike: all stages of the whole image in 4 x 4 places. Each training run is kept in --log_folder and each
+result is a row of benchmarks/results/peers.json; what is there is not run again.
 """
 
 import statistics
@@ -95,11 +95,12 @@ def split(images, seed):
     return tuple(subset_at(images, part) for part in rows)
 
 
-def tries(name, budget, seed, rows):
-    """Return what a method tries at a budget: above TRIED only what the longest of its shorter rows chose."""
-    known = [row for row in rows if (row["method"], row["seed"]) == (name, seed) and row["budget"] <= TRIED < budget]
-    chosen = max(known, key=lambda row: row["budget"], default=None)
-    return ((chosen["optimizer"], chosen["lr"]),) if chosen else METHODS[name].tries
+def tries(name, budget, rows):
+    """Return what a method tries at a budget: up to TRIED all its tries; above, or with another seed, what these have chosen."""
+    for row in rows:
+        if (row["method"], row["budget"]) == (name, min(budget, TRIED)):
+            return ((row["optimizer"], row["lr"]),)
+    return METHODS[name].tries
 
 
 def known_to_probe(images, options):
@@ -117,7 +118,7 @@ def measure(options, name, budget, results, images, bf16):
     """Return the row of a method at a budget: what was chosen, accuracies, steps."""
     train_images, test_images = images
     runs = {}
-    for how in tries(name, budget, options.seed, results["rows"]):
+    for how in tries(name, budget, results["rows"]):
         n_steps = round(budget / results["step_seconds"][f"{name} {how[0]}"])
         runs[how] = {"n_steps": n_steps, **tried(options, name, how, train_images, n_steps, bf16)}
     how = max(runs, key=lambda how: runs[how]["score"])
@@ -166,9 +167,11 @@ def main(argv=None):
     images = [load_images(options.dataset, options.data_dir, train) for train in (True, False)]
     path = options.out / "peers.json"
     results = files.read_json(path) or {"rows": [], "step_seconds": {}, "machine": here}
-    if results["machine"] != here:
-        made.error(f"{path} is from another machine, whose steps take another time: give another --out")
+    if results["machine"]["precision"] != here["precision"]:
+        made.error(f"{path} is in {results['machine']['precision']}, not in {here['precision']}: give another --out")
     new = [name for name in options.methods if not any(key.startswith(f"{name} ") for key in results["step_seconds"])]
+    if new and results["machine"] != here:
+        made.error(f"{path} has times of another machine, which {', '.join(new)} can't be compared with: give another --out")
     results["step_seconds"] |= step_seconds(new, images[0], bf16)
     if "kmeans" not in results:
         results["kmeans"] = kmeans_row(options, images)

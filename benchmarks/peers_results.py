@@ -6,6 +6,7 @@
 import argparse
 import statistics
 
+from benchmarks.claims import POINTS
 from benchmarks.common import ROOT
 from benchmarks.methods import METHODS
 from benchmarks.peers import TRIED
@@ -15,16 +16,16 @@ OURS, REFERENCE = ("preset", "lars"), "supervised"
 PEERS = tuple(name for name in METHODS if name not in (*OURS, REFERENCE))
 
 
-def measured():
-    """Return (the content of peers.json, {method: {budget in seconds: its rows, one for each seed}}).
+def measured(name="peers"):
+    """Return (the content of the file of this name, {method: {budget in seconds: its rows, one for each seed}}).
 
     Raises FileNotFoundError if nothing is measured.
     """
-    results, found = read("peers"), {}
+    results, found = read(name), {}
     for row in results["rows"]:
         found.setdefault(row["method"], {}).setdefault(row["budget"], []).append(row)
     if not found:
-        raise FileNotFoundError("no row in peers.json")
+        raise FileNotFoundError(f"no row in {name}.json")
     return results, found
 
 
@@ -36,15 +37,15 @@ def minutes(budget):
     return f"{budget / 60:g} minute{'' if budget == 60 else 's'}"
 
 
-def results_table():
+def results_table(name="peers"):
     """Return the table of top-1 and 20-NN by method and budget, and how it was measured."""
-    results, found = measured()
+    results, found = measured(name)
     budgets = sorted({budget for by_budget in found.values() for budget in by_budget})
     lines = []
-    for name, by_budget in found.items():
+    for method, by_budget in found.items():
         cells = [f"{spread(by_budget[budget], 'top1')}; {mean(by_budget[budget], 'knn_top1'):.1f}%" if budget in by_budget else ""
                  for budget in budgets]  # fmt: skip
-        lines.append([METHODS[name].title, *cells])
+        lines.append([METHODS[method].title, *cells])
     seeds = count([len(rows) for by_budget in found.values() for rows in by_budget.values()])
     known = sorted({row["n_probe"] for row in results["rows"]})
     command = f"peers --data_dir DIR --n_probe {known[0]}"
@@ -68,6 +69,14 @@ def choices_table():
     return table(["", "budget", "chosen", "steps", "a step", "images in it", "scores"], lines)
 
 
+def place(ours, theirs):
+    """Return how our rows compare with theirs, by the means of top-1. From one seed, a gap below POINTS is called level."""
+    gap = mean(ours) - mean(theirs)
+    if min(len(ours), len(theirs)) == 1 and abs(gap) < POINTS:
+        return "level with"
+    return "ahead of" if gap > 0 else "behind"
+
+
 def verdict():
     """Return two sentences: this program beside the best peer and supervised training, at the budgets that all have."""
     results, found = measured()
@@ -78,14 +87,15 @@ def verdict():
     for budget in whole:
         best = max(PEERS, key=lambda name: mean(found[name][budget]))
         ours, theirs, reference = (mean(found[name][budget]) for name in ("preset", best, REFERENCE))
-        told.append(f"{'ahead of' if ours > theirs else 'behind'} {METHODS[best].title} after {minutes(budget)} "
+        told.append(f"{place(found['preset'][budget], found[best][budget])} {METHODS[best].title} after {minutes(budget)} "
                     f"({ours:.1f}% against {theirs:.1f}%; supervised: {reference:.1f}%)")  # fmt: skip
     m = results["machine"]
     seeds = count([len(rows) for by_budget in found.values() for rows in by_budget.values()])
     return (f"With the same network, images and seconds of training on {m['cores']} cores, {m['processor']}, {m['precision']}, "
-            f"`--preset laptop` is {' and '.join(told)}. The named one is the best of the peers, "
+            f"`--preset laptop` is {'; '.join(told)}. The named one is the best of the peers, "
             f"{', '.join(METHODS[name].title for name in PEERS)}, with lightly's losses and heads, each with the best of three "
-            f"or four optimizers and learning rates, tried at {minutes(TRIED)}; {seeds}.")  # fmt: skip
+            f"or four optimizers and learning rates, tried at {minutes(TRIED)}; {seeds}; from one seed, a gap below {POINTS:g} "
+            f"points is called level.")  # fmt: skip
 
 
 STYLES = {"preset": {"linewidth": 2.5}, REFERENCE: {"linestyle": "--", "color": "black"}}

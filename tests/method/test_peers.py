@@ -114,10 +114,17 @@ def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     peers.main(argv)
     assert path.read_text() == text and not capsys.readouterr().out
-    path.write_text(text.replace('"cores": ', '"cores": 9'))
-    with pytest.raises(SystemExit):
-        peers.main(argv)
-    assert "another machine" in capsys.readouterr().err
+    path.write_text(text.replace('"cores": ', '"cores": 9'))  # another machine adds rows, but no times
+    peers.main([*argv, "--seed", "43", "--methods", "supervised", "--budgets", "20"])
+    *_, last = json.loads(path.read_text())["rows"]
+    assert last["seed"] == 43 and list(last["scores"]) == [chosen]
+    elsewhere, other = path.read_text(), text.replace('"precision": "', '"precision": "other ')
+    for given, refused in ((elsewhere, "which lars"), (other, "in other")):
+        path.write_text(given)
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            peers.main([*argv, "--methods", "lars"])
+        assert refused in capsys.readouterr().err and path.read_text() == given
 
 
 def test_the_scored_images_train_nothing():
@@ -163,4 +170,12 @@ def test_the_tables_and_the_verdict_show_the_rows(tmp_path, monkeypatch):
     assert "is ahead of SimCLR after 1 minute (71.0% against 61.0%; supervised: 56.0%)." in peers_results.verdict()
     rows += [row(name, 180, 50 + i) for i, name in enumerate(METHODS)]
     (tmp_path / "peers.json").write_text(json.dumps(content))
-    assert "56.0%) and behind BYOL after 3 minutes (50.0% against 55.0%; supervised: 56.0%)." in peers_results.verdict()
+    assert "56.0%); behind BYOL after 3 minutes (50.0% against 55.0%; supervised: 56.0%)." in peers_results.verdict()
+
+
+@pytest.mark.parametrize(("ours", "theirs", "expected"), [
+    ([70], [68.1], "level with"), ([70], [68], "ahead of"), ([68], [70], "behind"), ([70], [71, 72], "level with"),
+    ([70, 70], [69, 70.8], "ahead of"), ([70, 70], [71, 70.2], "behind"),
+])  # fmt: skip
+def test_a_small_gap_from_one_seed_is_level(ours, theirs, expected):
+    assert peers_results.place([{"top1": x} for x in ours], [{"top1": x} for x in theirs]) == expected
