@@ -156,7 +156,7 @@ METHODS = {
     "lars": Method("EMP-SSL, LARS", ours, (("lars", 0.3),), 50),
     "simclr": Method("SimCLR", partial(around, simclr), SGD + MUON),
     "vicreg": Method("VICReg", partial(around, vicreg), LARS),  # lightly's benchmark of it has LARS
-    "barlow": Method("Barlow Twins", partial(around, barlow), SGD),
-    "byol": Method("BYOL", partial(around, byol), SGD + MUON),
+    "barlow": Method("Barlow Twins", partial(around, barlow), SGD + LARS),  # its paper has LARS, lightly's benchmark SGD
+    "byol": Method("BYOL", partial(around, byol), SGD + LARS + MUON),  # the same
     "supervised": Method("supervised", partial(around, supervised), SGD + MUON),
 }

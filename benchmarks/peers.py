@@ -132,17 +132,23 @@ def measure(options, name, budget, results, images, bf16):
             "commit": commit()}  # fmt: skip
 
 
-def step_seconds(names, images, bf16, n_rounds=9):
-    """Return {"method optimizer": median seconds of a training step} of some of METHODS, measured in turns."""
-    steps = {f"{name} {optimizer}": (METHODS[name].bs, METHODS[name].build(optimizer, rate, bf16)[2])
-             for name in names for optimizer, rate in dict(METHODS[name].tries).items()}  # fmt: skip
-    seconds = {name: [] for name in steps}
+def step_seconds(new, images, bf16, n_rounds=9):
+    """Return {"method optimizer": median seconds of a training step} of some (method, optimizer, rate), measured in turns."""
+    steps = {(name, optimizer): METHODS[name].build(optimizer, rate, bf16)[2] for name, optimizer, rate in new}
+    seconds = {key: [] for key in steps}
     for i in range(n_rounds):
-        for name, (bs, step) in steps.items():
+        for (name, optimizer), step in steps.items():
+            bs = METHODS[name].bs
             start = time.monotonic()
             step(images.images[:bs], images.labels[:bs], generator(0, "patches", i))
-            seconds[name].append(time.monotonic() - start)
-    return {name: statistics.median(times[2:]) for name, times in seconds.items()}
+            seconds[name, optimizer].append(time.monotonic() - start)
+    return {f"{name} {optimizer}": statistics.median(times[2:]) for (name, optimizer), times in seconds.items()}
+
+
+def not_timed(names, known):
+    """Return a (method, optimizer, rate) for each optimizer that these methods try and whose step `known` does not have."""
+    return [(name, optimizer, rate) for name in names for optimizer, rate in dict(METHODS[name].tries).items()
+            if f"{name} {optimizer}" not in known]  # fmt: skip
 
 
 def kmeans_row(options, images):
@@ -169,9 +175,9 @@ def main(argv=None):
     results = files.read_json(path) or {"rows": [], "step_seconds": {}, "machine": here}
     if results["machine"]["precision"] != here["precision"]:
         made.error(f"{path} is in {results['machine']['precision']}, not in {here['precision']}: give another --out")
-    new = [name for name in options.methods if not any(key.startswith(f"{name} ") for key in results["step_seconds"])]
+    new = not_timed(options.methods, results["step_seconds"])
     if new and results["machine"] != here:
-        made.error(f"{path} has times of another machine, which {', '.join(new)} can't be compared with: give another --out")
+        made.error(f"{path} has times of another machine, and none of {new[0][0]} with {new[0][1]}: give another --out")
     results["step_seconds"] |= step_seconds(new, images[0], bf16)
     if "kmeans" not in results:
         results["kmeans"] = kmeans_row(options, images)

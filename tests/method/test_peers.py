@@ -119,7 +119,7 @@ def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys)
     *_, last = json.loads(path.read_text())["rows"]
     assert last["seed"] == 43 and list(last["scores"]) == [chosen]
     elsewhere, other = path.read_text(), text.replace('"precision": "', '"precision": "other ')
-    for given, refused in ((elsewhere, "which lars"), (other, "in other")):
+    for given, refused in ((elsewhere, "none of lars with lars"), (other, "in other")):
         path.write_text(given)
         capsys.readouterr()
         with pytest.raises(SystemExit):
