@@ -93,8 +93,8 @@ def verdict():
     seeds = count([len(rows) for by_budget in found.values() for rows in by_budget.values()])
     return (f"With the same network, images and seconds of training on {m['cores']} cores, {m['processor']}, {m['precision']}, "
             f"`--preset laptop` is {'; '.join(told)}. The named one is the best of the peers, "
-            f"{', '.join(METHODS[name].title for name in PEERS)}, with lightly's losses and heads, each with the best of three "
-            f"or four optimizers and learning rates, tried at {minutes(TRIED)}; {seeds}; from one seed, a gap below {POINTS:g} "
+            f"{', '.join(METHODS[name].title for name in PEERS)}, with lightly's losses and heads, each with the best of the "
+            f"optimizers and learning rates that it tries at {minutes(TRIED)}; {seeds}; from one seed, a gap below {POINTS:g} "
             f"points is called level.")  # fmt: skip
 
 

@@ -39,6 +39,7 @@ PARTS = {
     "search": (partial(tables.tries, "search", with_seconds=False), "study search"),
     "laptop": (laptop.results_table, "study laptop"),
     "peers": (peers_results.results_table, "peers --data_dir DIR"),
+    "peers-fp32": (partial(peers_results.results_table, "peers-fp32"), "peers --data_dir DIR"),
     "peers-verdict": (peers_results.verdict, "peers --data_dir DIR"),
     "peers-choices": (peers_results.choices_table, "peers --data_dir DIR"),
     "engines": (tables.engines, "engines"),
