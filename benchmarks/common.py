@@ -17,15 +17,8 @@ BASELINE_LIKE = "--eval_lr 0.0075 --eval_views augmented"  # how the baseline ev
 def parser(description):
     """Return an ArgumentParser that prints a module's docstring as it stands. Its option --out is the folder of results."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--out", type=made_folder, default=RESULTS, help="folder of the results (default: benchmarks/results)")
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
     return made
-
-
-def made_folder(path):
-    """Return the Path of a folder. Make it if it does not exist, so that no measurement is lost at its end."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def machine(device="auto"):

@@ -105,6 +105,7 @@ def main(argv=None):
     made = parser(__doc__)
     made.add_argument("--child", choices=tuple(ENGINES), help="print one measurement of one engine, in this process")
     options = made.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
     if options.child:
         return one_process(options.child)
     found = {name: [] for name in ENGINES}

@@ -102,6 +102,7 @@ def main(argv=None):
     made.add_argument("--n_eval_epochs", type=int, default=50)
     made.add_argument("--seed", type=int, default=42)
     options = made.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
     configure(torch.device("cpu"))
     path, here = options.out / "kmeans.json", machine("cpu")
     train, test = (load_images(options.dataset, options.data_dir, split) for split in (True, False))

@@ -167,6 +167,7 @@ def main(argv=None):
     made.add_argument("--n_probe", type=int, help="training images whose labels the probe knows; all of them by default")
     made.add_argument("--log_folder", type=Path, default=Path("logs/peers"))
     options = made.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
     configure(torch.device("cpu"))
     here = machine("cpu")
     bf16 = here["precision"] == "bf16"

@@ -193,6 +193,7 @@ def parse(argv=None):
 
 if __name__ == "__main__":
     options = parse()
+    options.out.mkdir(parents=True, exist_ok=True)
     for row in rows_of(options.group):
         if options.only and row.name not in options.only:
             continue
