@@ -105,9 +105,9 @@ def main(argv=None):
     made = parser(__doc__)
     made.add_argument("--child", choices=tuple(ENGINES), help="print one measurement of one engine, in this process")
     options = made.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
     if options.child:
         return one_process(options.child)
+    options.out.mkdir(parents=True, exist_ok=True)
     found = {name: [] for name in ENGINES}
     for _ in range(TURNS):
         for name in ENGINES:
