@@ -305,13 +305,13 @@ def main():
         name, *words = options.child
         print(json.dumps(CHILDREN[name](options.device, *words)))
         return
+    options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only:
         file, function = COMPARISONS[name]
         path = options.out / f"{file.format(options.device)}.json"
         results, here = files.read_json(path), machine(options.device)
-        if results.get("machine", here) != here:
+        if results.setdefault("machine", here) != here:
             made.error(f"{path} holds results of another machine: remove it, or write elsewhere with --out FOLDER")
-        results["machine"] = here
         function(options, results)
         files.write_json(path, results)
 
