@@ -70,11 +70,16 @@ def choices_table():
 
 
 def place(ours, theirs):
-    """Return how our rows compare with theirs, by the means of top-1. From one seed, a gap below POINTS is called level."""
-    gap = mean(ours) - mean(theirs)
-    if min(len(ours), len(theirs)) == 1 and abs(gap) < POINTS:
+    """Return how the top-1 of our rows compares with theirs: level if the ranges of their seeds overlap.
+
+    From one seed, a gap below POINTS is level, too.
+    """
+    a, b = ([row["top1"] for row in rows] for rows in (ours, theirs))
+    ahead, behind = min(a) > max(b), max(a) < min(b)
+    close = min(len(a), len(b)) == 1 and abs(mean(ours) - mean(theirs)) < POINTS
+    if close or not (ahead or behind):
         return "level with"
-    return "ahead of" if gap > 0 else "behind"
+    return "ahead of" if ahead else "behind"
 
 
 def verdict():
@@ -94,8 +99,8 @@ def verdict():
     return (f"With the same network, images and seconds of training on {m['cores']} cores, {m['processor']}, {m['precision']}, "
             f"`--preset laptop` is {'; '.join(told)}. The named one is the best of the peers, "
             f"{', '.join(METHODS[name].title for name in PEERS)}, with lightly's losses and heads, each with the best of the "
-            f"optimizers and learning rates that it tries at {minutes(TRIED)}; {seeds}; from one seed, a gap below {POINTS:g} "
-            f"points is called level.")  # fmt: skip
+            f"optimizers and learning rates that it tries at {minutes(TRIED)}; {seeds}; two are called level if the ranges of "
+            f"their seeds overlap or, from one seed, if they differ by less than {POINTS:g} points.")  # fmt: skip
 
 
 STYLES = {"preset": {"linewidth": 2.5}, REFERENCE: {"linestyle": "--", "color": "black"}}

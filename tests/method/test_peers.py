@@ -175,7 +175,8 @@ def test_the_tables_and_the_verdict_show_the_rows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("ours", "theirs", "expected"), [
     ([70], [68.1], "level with"), ([70], [68], "ahead of"), ([68], [70], "behind"), ([70], [71, 72], "level with"),
-    ([70, 70], [69, 70.8], "ahead of"), ([70, 70], [71, 70.2], "behind"),
+    ([70, 70], [69, 69.8], "ahead of"), ([70, 70], [71, 70.2], "behind"), ([70, 73], [69, 71], "level with"),
+    ([75, 71], [72, 76], "level with"), ([70], [66, 71], "level with"),
 ])  # fmt: skip
-def test_a_small_gap_from_one_seed_is_level(ours, theirs, expected):
+def test_overlapping_seeds_and_a_small_gap_from_one_are_level(ours, theirs, expected):
     assert peers_results.place([{"top1": x} for x in ours], [{"top1": x} for x in theirs]) == expected
