@@ -5,6 +5,8 @@
 
 import argparse
 import statistics
+from functools import partial
+from itertools import groupby
 
 from benchmarks.claims import POINTS
 from benchmarks.common import ROOT
@@ -33,8 +35,14 @@ def mean(rows, key="top1"):
     return statistics.mean(row[key] for row in rows)
 
 
-def minutes(budget):
-    return f"{budget / 60:g} minute{'' if budget == 60 else 's'}"
+def listed(words):
+    """Return words as "a", "a and b", "a, b and c"."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def minutes(*budgets):
+    return f"{listed(f'{budget / 60:g}' for budget in budgets)} minute{'' if budgets == (60,) else 's'}"
 
 
 def results_table(name="peers"):
@@ -82,18 +90,27 @@ def place(ours, theirs):
     return "ahead of" if ahead else "behind"
 
 
+def beside_best(found, budget):
+    """Return (the preset's `place` beside the best peer at a budget, the peer)."""
+    best = max(PEERS, key=lambda name: mean(found[name][budget]))
+    return place(found["preset"][budget], found[best][budget]), best
+
+
+def outcome(found, budgets):
+    """Return a clause on the preset beside the best peer at some budgets with the same `beside_best`."""
+    how, best = beside_best(found, budgets[0])
+    ours, theirs, reference = (listed(f"{mean(found[name][budget]):.1f}" for budget in budgets)
+                               for name in ("preset", best, REFERENCE))  # fmt: skip
+    return f"{how} {METHODS[best].title} after {minutes(*budgets)} ({ours}% against {theirs}%; supervised: {reference}%)"
+
+
 def verdict():
     """Return two sentences: this program beside the best peer and supervised training, at the budgets that all have."""
     results, found = measured()
     whole = sorted(set.intersection(*(set(found.get(name, {})) for name in METHODS)))
     if not whole:
         raise FileNotFoundError("no budget of peers.json has all methods")
-    told = []
-    for budget in whole:
-        best = max(PEERS, key=lambda name: mean(found[name][budget]))
-        ours, theirs, reference = (mean(found[name][budget]) for name in ("preset", best, REFERENCE))
-        told.append(f"{place(found['preset'][budget], found[best][budget])} {METHODS[best].title} after {minutes(budget)} "
-                    f"({ours:.1f}% against {theirs:.1f}%; supervised: {reference:.1f}%)")  # fmt: skip
+    told = [outcome(found, list(budgets)) for _, budgets in groupby(whole, partial(beside_best, found))]
     m = results["machine"]
     seeds = count([len(rows) for by_budget in found.values() for rows in by_budget.values()])
     return (f"With the same network, images and seconds of training on {m['cores']} cores, {m['processor']}, {m['precision']}, "
