@@ -146,8 +146,8 @@ ROWS = [
     *(Row(f"lars-{n}", "the preset with LARS and averaged features", "", f"{PAPERS} {options}".strip(), 1, "laptop")
       for n, options in SIZES.items()),
     Row("untrained-50000", "the preset, untrained", "", "--n_epochs 0", 1, "laptop"),
-    Row("trained", "trained", "", "", 3, "demo"),
-    Row("untrained", "the same encoder, untrained", "", "--n_epochs 0", 3, "demo"),
+    Row("trained", "trained", "", "", 6, "demo"),
+    Row("untrained", "the same encoder, untrained", "", "--n_epochs 0", 6, "demo"),
     Row("raw-pixels", "raw pixels", "", "", 1, "demo"),
     Row("auto", "the precision of the hardware", "", "", 3, "precision"),
     Row("fp32", "fp32", "", "--precision fp32", 3, "precision"),
