@@ -68,7 +68,7 @@ class Hparams:
     lr: float = setting(0.3, "encoder", "learning rate at the start", low=0, above=True)
     schedule: str = setting("cosine", "encoder", "learning-rate schedule: cosine to 0, or constant", choices=SCHEDULES)
     optimizer: str = setting("lars", "encoder", "optimizer", choices=("lars", "muon", "sgd", "adamw"))
-    weight_decay: float = setting(1e-4, "encoder", "weight decay", low=0)
+    weight_decay: float = setting(1e-4, "encoder", "weight decay; muon has none", low=0)
     uniformity_loss: str = setting("tcr", "encoder", "loss that spreads the embeddings", choices=tuple(UNIFORMITY))
     invariance_loss_weight: float = setting(200.0, "encoder", "coefficient of the invariance loss", low=0)
     uniformity_loss_weight: float = setting(1.0, "encoder", "coefficient of the uniformity loss", low=0)

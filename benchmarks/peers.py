@@ -77,14 +77,14 @@ def evaluate(backbone, images, test_images, seed, bf16):
 
 
 def tried(options, name, how, images, n_steps, bf16):
-    """Train, or read the run if it is in the log folder. Return {"score": top-1 on the scored images, "backbone": state dict}."""
+    """Train, or read the run if it is in the log folder. Return score (top-1 on the scored images), backbone, commit."""
     path = options.log_folder / f"{name}-{how[0]}-{how[1]:g}-{n_steps}-{options.seed}.pt"
     if not path.exists():
         scored, fitted, rest = split(images, options.seed)
         backbone = train(METHODS[name], how, options.seed, rest, n_steps, bf16)
         top1 = evaluate(backbone, fitted, scored, options.seed, bf16)["top1"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.save(path, {"score": top1, "backbone": backbone.state_dict()})
+        files.save(path, {"score": top1, "backbone": backbone.state_dict(), "commit": commit()})
     return files.load(path)
 
 
@@ -129,7 +129,7 @@ def measure(options, name, budget, results, images, bf16):
             "bs": METHODS[name].bs, "optimizer": how[0], "lr": how[1],
             **evaluate(backbone, known, test_images, options.seed, bf16),
             "scores": {f"{optimizer} {rate:g}": run["score"] for (optimizer, rate), run in runs.items()},
-            "commit": commit()}  # fmt: skip
+            "commit": runs[how]["commit"]}  # fmt: skip
 
 
 def step_seconds(new, images, bf16, n_rounds=9):

@@ -15,6 +15,7 @@ from benchmarks.peers import TRIED
 from benchmarks.tables import count, measured_by, read, spread, table
 
 OURS, REFERENCE = ("preset", "lars"), "supervised"
+OPTIMIZERS = {"sgd": "SGD", "lars": "LARS", "muon": "Muon"}
 PEERS = tuple(name for name in METHODS if name not in (*OURS, REFERENCE))
 
 
@@ -59,7 +60,7 @@ def results_table(name="peers"):
     command = f"peers --data_dir DIR --n_probe {known[0]}"
     k = results["kmeans"]
     known = " to ".join(f"{n:,}" for n in known)
-    return (f"{table(['', *map(minutes, budgets)], lines)}\n\nTop-1 of the linear probe; 20-NN. Both know the labels of {known} "
+    return (f"{table(['', *map(minutes, budgets)], lines)}\n\nTop-1 of the linear probe; 20-NN. Both use the labels of {known} "
             f"training images. CIFAR-10, all test images, {seeds}. k-means features with {k['n_centroids']} centroids, learned "
             f"from {k['n_images']:,} images and with their labels: {k['top1']:.1f}% in {k['seconds']:.0f} s, probe included. "
             f"The network untrained: {results['untrained']['top1']:.1f}%. {measured_by(command, results)}")  # fmt: skip
@@ -78,14 +79,10 @@ def choices_table():
 
 
 def place(ours, theirs):
-    """Return how the top-1 of our rows compares with theirs: level if the ranges of their seeds overlap.
-
-    From one seed, a gap below POINTS is level, too.
-    """
+    """Return how the top-1 of our rows compares with theirs: level if the means differ by less than POINTS, or seeds overlap."""
     a, b = ([row["top1"] for row in rows] for rows in (ours, theirs))
     ahead, behind = min(a) > max(b), max(a) < min(b)
-    close = min(len(a), len(b)) == 1 and abs(mean(ours) - mean(theirs)) < POINTS
-    if close or not (ahead or behind):
+    if abs(mean(ours) - mean(theirs)) < POINTS or not (ahead or behind):
         return "level with"
     return "ahead of" if ahead else "behind"
 
@@ -101,7 +98,8 @@ def outcome(found, budgets):
     how, best = beside_best(found, budgets[0])
     ours, theirs, reference = (listed(f"{mean(found[name][budget]):.1f}" for budget in budgets)
                                for name in ("preset", best, REFERENCE))  # fmt: skip
-    return f"{how} {METHODS[best].title} after {minutes(*budgets)} ({ours}% against {theirs}%; supervised: {reference}%)"
+    peer = f"{METHODS[best].title} with {OPTIMIZERS[found[best][budgets[0]][0]['optimizer']]}"
+    return f"{how} {peer} after {minutes(*budgets)} ({ours}% against {theirs}%; supervised: {reference}%)"
 
 
 def verdict():
@@ -112,12 +110,13 @@ def verdict():
         raise FileNotFoundError("no budget of peers.json has all methods")
     told = [outcome(found, list(budgets)) for _, budgets in groupby(whole, partial(beside_best, found))]
     m = results["machine"]
-    seeds = count([len(rows) for by_budget in found.values() for rows in by_budget.values()])
+    named = {"preset", *(beside_best(found, budget)[1] for budget in whole)}
+    seeds = count([len(found[name][budget]) for name in named for budget in whole])
     return (f"With the same network, images and seconds of training on {m['cores']} cores, {m['processor']}, {m['precision']}, "
-            f"`--preset laptop` is {'; '.join(told)}. The named one is the best of the peers, "
-            f"{', '.join(METHODS[name].title for name in PEERS)}, with lightly's losses and heads, each with the best of the "
-            f"optimizers and learning rates that it tries at {minutes(TRIED)}; {seeds}; two are called level if the ranges of "
-            f"their seeds overlap or, from one seed, if they differ by less than {POINTS:g} points.")  # fmt: skip
+            f"the training of `--preset laptop` is {'; '.join(told)}; {seeds} of the two. Only the best of the peers is named: "
+            f"{listed(METHODS[name].title for name in PEERS)} have lightly's losses and heads, and the optimizer and learning "
+            f"rate that were the best for them at {minutes(TRIED)}. *Level* means that the means differ by less than "
+            f"{POINTS:g} points, or that the ranges of the seeds overlap.")  # fmt: skip
 
 
 STYLES = {"preset": {"linewidth": 2.5}, REFERENCE: {"linestyle": "--", "color": "black"}}

@@ -86,7 +86,11 @@ def options():
 
 def presets():
     """Return a line for each preset: the options that it stands for."""
-    lines = [" ".join(f"--{option} {value}" for option, value in preset.items()) for preset in PRESETS.values()]
+
+    def words(option, value):
+        return {True: f"--{option}", False: f"--no-{option}"}[value] if isinstance(value, bool) else f"--{option} {value}"
+
+    lines = [" ".join(words(*pair) for pair in preset.items()) for preset in PRESETS.values()]
     return "\n".join(f"    --preset {name}: {line}" for name, line in zip(PRESETS, lines, strict=True))
 
 
@@ -169,7 +173,7 @@ def tries(group, with_seconds=True):
         cells = [spread(runs, "top1"), f"{top1 - base_top1:+.1f}", f"{training / base_seconds:.2f}"]
         rows.append((top1, title + cells))
     rows.sort(key=lambda row: -row[0])
-    columns = ["what is changed", "options", "top-1", "less the base", "training time"][: 5 if with_seconds else 4]
+    columns = ["what is changed", "options", "top-1", "less the base", "training time, base = 1"][: 5 if with_seconds else 4]
     text = table(columns, [cells[: len(columns)] for _, cells in rows])
     seeds = count([len(succeeded(entry["runs"])) for entry in entries.values()])
     data = " and ".join(sorted({entry["data"] for entry in entries.values()}))

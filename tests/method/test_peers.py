@@ -1,5 +1,6 @@
 """The comparison with other methods: its views, and its rows."""
 
+import importlib
 import json
 
 import pytest
@@ -60,6 +61,19 @@ def test_a_step_trains_the_backbone_by_each_of_its_optimizers(name):
         assert all((p != q).any() and p.isfinite().all() for p, q in zip(backbone.parameters(), first, strict=True))
 
 
+def test_the_rate_of_the_peers_lars_scales_every_step():
+    """This program's LARS is clipped at a trust ratio far below the rates tried, which then hardly matter."""
+    pytest.importorskip("lightly")
+    lengths = []
+    for rate in (0.1, 0.3):
+        torch.manual_seed(0)
+        backbone, _, step = METHODS["vicreg"].build("lars", rate, False)
+        first = backbone.conv1.weight.detach().clone()
+        step(pictures(6), torch.arange(6), generator(0, "test"))
+        lengths.append((backbone.conv1.weight - first).norm().item() / first.norm().item())
+    assert lengths == pytest.approx([0.1 * 0.02 * 1.9, 0.3 * 0.02 * 1.9], rel=1e-3)  # eta .02; 1.9: the first step with Nesterov
+
+
 def test_the_target_of_byol_follows_by_a_hundredth():
     pytest.importorskip("lightly")
     backbone = build_backbone(methods.ARCH)[0]
@@ -77,7 +91,7 @@ def test_the_target_of_byol_follows_by_a_hundredth():
 
 
 def test_the_covariance_of_vicreg_is_lightlys():
-    reference = pytest.importorskip("lightly.loss.vicreg_loss")
+    reference = importlib.reload(pytest.importorskip("lightly.loss.vicreg_loss"))  # a test before may have replaced it
     z = torch.randn(7, 20, generator=generator(0, "test"), dtype=torch.float64)
     cov = torch.cov(z.T)
     cov.fill_diagonal_(0)
@@ -167,20 +181,20 @@ def test_the_tables_and_the_verdict_show_the_rows(tmp_path, monkeypatch):
         peers_results.verdict()
     rows += [row(name, 60, 50 + i) for i, name in enumerate(METHODS) if name not in ("preset", "simclr")]
     (tmp_path / "peers.json").write_text(json.dumps(content))
-    assert "is ahead of SimCLR after 1 minute (71.0% against 61.0%; supervised: 56.0%)." in peers_results.verdict()
+    assert "is ahead of SimCLR with SGD after 1 minute (71.0% against 61.0%; supervised: 56.0%); 1 to" in peers_results.verdict()
     rows += [row(name, 180, 50 + i) for i, name in enumerate(METHODS)]
     (tmp_path / "peers.json").write_text(json.dumps(content))
-    assert "56.0%); behind BYOL after 3 minutes (50.0% against 55.0%; supervised: 56.0%)." in peers_results.verdict()
+    assert "; behind BYOL with SGD after 3 minutes (50.0% against 55.0%; supervised: 56.0%); 1" in peers_results.verdict()
     rows += [row(name, 600, 60 + i) for i, name in enumerate(METHODS)]
     (tmp_path / "peers.json").write_text(json.dumps(content))
-    told = "; behind BYOL after 3 and 10 minutes (50.0 and 60.0% against 55.0 and 65.0%; supervised: 56.0 and 66.0%)."
+    told = "; behind BYOL with SGD after 3 and 10 minutes (50.0 and 60.0% against 55.0 and 65.0%; supervised: 56.0 and 66.0%); 1"
     assert told in peers_results.verdict()
 
 
 @pytest.mark.parametrize(("ours", "theirs", "expected"), [
     ([70], [68.1], "level with"), ([70], [68], "ahead of"), ([68], [70], "behind"), ([70], [71, 72], "level with"),
-    ([70, 70], [69, 69.8], "ahead of"), ([70, 70], [71, 70.2], "behind"), ([70, 73], [69, 71], "level with"),
-    ([75, 71], [72, 76], "level with"), ([70], [66, 71], "level with"),
+    ([70, 71], [68, 68.4], "ahead of"), ([70, 71], [73, 72], "behind"), ([70, 71], [69, 69.8], "level with"),
+    ([75, 70], [72, 66], "level with"), ([70], [65, 71], "level with"),
 ])  # fmt: skip
-def test_overlapping_seeds_and_a_small_gap_from_one_are_level(ours, theirs, expected):
+def test_a_small_gap_and_overlapping_seeds_are_level(ours, theirs, expected):
     assert peers_results.place([{"top1": x} for x in ours], [{"top1": x} for x in theirs]) == expected
