@@ -21,7 +21,7 @@ from train import build_step
 
 ARCH, DIM, SIZE = "resnet18-tiny", 128, 16
 SGD = (("sgd", 0.02), ("sgd", 0.06), ("sgd", 0.2))  # lightly's CIFAR-10 benchmark has .06 for batches of 128
-LARS = (("lars", 0.1), ("lars", 0.3), ("lars", 0.9))
+LARS = (("lars", 0.03), ("lars", 0.1), ("lars", 0.3), ("lars", 0.9))
 MUON = (("muon", 0.05),)
 WEIGHT_DECAY = {"sgd": 5e-4, "muon": 0}
 
@@ -144,7 +144,7 @@ def around(parts_of, optimizer, rate, bf16):
 def build_peer_optimizer(name, rate, network, bf16):
     """Return an optimizer of a peer. This program's LARS clips the step at a length that no rate here changes; theirs does not.
 
-    With the trust coefficient of .02, the rates tried move a matrix by .002 to .018 of its norm a step. The papers have .001, for
+    With the trust coefficient of .02, the rates tried move a matrix by .0006 to .018 of its norm a step. The papers have .001, for
     training that is hundreds of times as long.
     """
     if name == "lars":
