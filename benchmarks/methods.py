@@ -144,8 +144,8 @@ def around(parts_of, optimizer, rate, bf16):
 def build_peer_optimizer(name, rate, network, bf16):
     """Return an optimizer of a peer. This program's LARS clips the step at a length that no rate here changes; theirs does not.
 
-    With the trust coefficient of .02, the rates tried move a matrix by .0006 to .018 of its norm a step. The papers have .001, for
-    training that is hundreds of times as long.
+    With the trust coefficient of .02, the rates tried move a matrix by .0006 to .018 of its norm a step. The papers have .001,
+    for training that is hundreds of times as long.
     """
     if name == "lars":
         return lars.LARS(list(network.parameters()), rate, momentum=0.9, weight_decay=1e-6, nesterov=True, eta=0.02)
