@@ -113,7 +113,7 @@ def verdict():
     named = {"preset", *(beside_best(found, budget)[1] for budget in whole)}
     seeds = count([len(found[name][budget]) for name in named for budget in whole])
     return (f"With the same network, images and seconds of training on {m['cores']} cores, {m['processor']}, {m['precision']}, "
-            f"the training of `--preset laptop` is {'; '.join(told)}; {seeds} of the two. Only the best of the peers is named: "
+            f"the training of `--preset laptop` is {'; '.join(told)}; {seeds} of the named. Only the best of the peers is named: "
             f"{listed(METHODS[name].title for name in PEERS)} have lightly's losses and heads, and the optimizer and learning "
             f"rate that were the best for them at {minutes(TRIED)}. *Level* means that the means differ by less than "
             f"{POINTS:g} points, or that the ranges of the seeds overlap.")  # fmt: skip

@@ -88,7 +88,9 @@ def presets():
     """Return a line for each preset: the options that it stands for."""
 
     def words(option, value):
-        return {True: f"--{option}", False: f"--no-{option}"}[value] if isinstance(value, bool) else f"--{option} {value}"
+        if isinstance(value, bool):
+            return f"--{option}" if value else f"--no-{option}"
+        return f"--{option} {value}"
 
     lines = [" ".join(words(*pair) for pair in preset.items()) for preset in PRESETS.values()]
     return "\n".join(f"    --preset {name}: {line}" for name, line in zip(PRESETS, lines, strict=True))

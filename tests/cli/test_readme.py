@@ -11,7 +11,9 @@ import yaml
 from helpers import ROOT, run, write_images
 
 import data
+import main
 from benchmarks import readme
+from hparams import PRESETS
 from infra.device import generator
 from patches import sample_patches
 
@@ -22,6 +24,12 @@ SHELL = [line.split("   #")[0].split("     #")[0].strip() for block in re.findal
          for line in block.splitlines()] + re.findall(r"`((?:python|make|torchrun|tensorboard) [^`]+)`", TEXT)  # fmt: skip
 EXP_DIR = "logs/EMP-SSL-Training/default__numpatch20_bs100_lr0.3"
 QUICK = [line for line in SHELL if re.match(r"python main\.py (?!train)", line)]  # each takes some seconds on a small run
+
+
+def test_the_printed_presets_are_options_that_parse_to_them():
+    for name, options in re.findall(r"^    --preset ([\w-]+): (.*)$", GUIDE, re.M):
+        args = main.parse(["train", *options.split()])
+        assert {option: getattr(args, option) for option in PRESETS[name]} == PRESETS[name]
 
 
 def test_options_and_figures_are_those_of_the_declaration_and_the_results():
