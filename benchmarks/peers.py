@@ -157,6 +157,21 @@ def kmeans_row(options, images):
     return kmeans.run(given, *images)
 
 
+def refusal(options, results, here, new):
+    """Return why these results cannot take the rows that options ask for, or None. `new` is what `not_timed` returns."""
+    rows, was = results["rows"], results["machine"]
+    not_chosen = sorted({*options.methods} - {row["method"] for row in rows if row["budget"] == TRIED})
+    if was["precision"] != here["precision"]:
+        return f"is in {was['precision']}, not in {here['precision']}: give another --out"
+    if new and was != here:
+        return f"has times of another machine, and none of {new[0][0]} with {new[0][1]}: give another --out"
+    if any(row["n_probe"] != options.n_probe for row in rows):
+        return f"has rows with --n_probe {rows[0]['n_probe']}: give that, or another --out"
+    if max(options.budgets) > TRIED and TRIED not in options.budgets and not_chosen:
+        return f"has no choice of {not_chosen[0]}: give --budgets {TRIED}, too"
+    return None
+
+
 def main(argv=None):
     made = parser(__doc__)
     made.add_argument("--dataset", default="folder")
@@ -172,23 +187,23 @@ def main(argv=None):
     here = machine("cpu")
     bf16 = here["precision"] == "bf16"
     images = [load_images(options.dataset, options.data_dir, train) for train in (True, False)]
+    options.n_probe = min(options.n_probe or len(images[0].images), len(images[0].images))
     path = options.out / "peers.json"
     results = files.read_json(path) or {"rows": [], "step_seconds": {}, "machine": here}
-    if results["machine"]["precision"] != here["precision"]:
-        made.error(f"{path} is in {results['machine']['precision']}, not in {here['precision']}: give another --out")
     new = not_timed(options.methods, results["step_seconds"])
-    if new and results["machine"] != here:
-        made.error(f"{path} has times of another machine, and none of {new[0][0]} with {new[0][1]}: give another --out")
+    refused = refusal(options, results, here, new)
+    if refused:
+        made.error(f"{path} {refused}")
     results["step_seconds"] |= step_seconds(new, images[0], bf16)
     if "kmeans" not in results:
         results["kmeans"] = kmeans_row(options, images)
     if "untrained" not in results:
         results["untrained"] = untrained(options, images, bf16)
     files.write_json(path, results)
-    done = {(row["method"], row["budget"], row["seed"], row["n_probe"]) for row in results["rows"]}
+    done = {(row["method"], row["budget"], row["seed"]) for row in results["rows"]}
     for budget in sorted(options.budgets):
         for name in options.methods:
-            if (name, budget, options.seed, options.n_probe or len(images[0].images)) not in done:
+            if (name, budget, options.seed) not in done:
                 results["rows"].append(measure(options, name, budget, results, images, bf16))
                 files.write_json(path, results)
                 print(results["rows"][-1], flush=True)

@@ -56,11 +56,10 @@ def results_table(name="peers"):
                  for budget in budgets]  # fmt: skip
         lines.append([METHODS[method].title, *cells])
     seeds = count([len(rows) for by_budget in found.values() for rows in by_budget.values()])
-    known = sorted({row["n_probe"] for row in results["rows"]})
-    command = f"peers --data_dir DIR --n_probe {known[0]}"
+    known = results["rows"][0]["n_probe"]  # that of all rows
+    command = f"peers --data_dir DIR --n_probe {known}"
     k = results["kmeans"]
-    known = " to ".join(f"{n:,}" for n in known)
-    return (f"{table(['', *map(minutes, budgets)], lines)}\n\nTop-1 of the linear probe; 20-NN. Both use the labels of {known} "
+    return (f"{table(['', *map(minutes, budgets)], lines)}\n\nTop-1 of the linear probe; 20-NN. Both use the labels of {known:,} "
             f"training images. CIFAR-10, all test images, {seeds}. k-means features with {k['n_centroids']} centroids, learned "
             f"from {k['n_images']:,} images and with their labels: {k['top1']:.1f}% in {k['seconds']:.0f} s, probe included. "
             f"The network untrained: {results['untrained']['top1']:.1f}%. {measured_by(command, results)}")  # fmt: skip
@@ -87,9 +86,15 @@ def place(ours, theirs):
     return "ahead of" if ahead else "behind"
 
 
+def at(found, budget):
+    """Return the peers that are measured at a budget, or none if the preset or supervised training is not."""
+    peers = [name for name in PEERS if budget in found.get(name, {})]
+    return peers if all(budget in found.get(name, {}) for name in ("preset", REFERENCE)) else []
+
+
 def beside_best(found, budget):
-    """Return (the preset's `place` beside the best peer at a budget, the peer)."""
-    best = max(PEERS, key=lambda name: mean(found[name][budget]))
+    """Return (the preset's `place` beside the best peer that is measured at a budget, the peer)."""
+    best = max(at(found, budget), key=lambda name: mean(found[name][budget]))
     return place(found["preset"][budget], found[best][budget]), best
 
 
@@ -103,20 +108,26 @@ def outcome(found, budgets):
 
 
 def verdict():
-    """Return two sentences: this program beside the best peer and supervised training, at the budgets that all have."""
+    """Return a few sentences: this program beside the best peer and supervised training, at each budget that has these."""
     results, found = measured()
-    whole = sorted(set.intersection(*(set(found.get(name, {})) for name in METHODS)))
-    if not whole:
-        raise FileNotFoundError("no budget of peers.json has all methods")
-    told = [outcome(found, list(budgets)) for _, budgets in groupby(whole, partial(beside_best, found))]
+    budgets = sorted(budget for budget in found.get("preset", {}) if at(found, budget))
+    if not budgets:
+        raise FileNotFoundError("no budget of peers.json has the preset, a peer and supervised training")
+    told = [outcome(found, list(same)) for _, same in groupby(budgets, partial(beside_best, found))]
     m = results["machine"]
-    named = {"preset", *(beside_best(found, budget)[1] for budget in whole)}
-    seeds = count([len(found[name][budget]) for name in named for budget in whole])
+    named = {"preset"} | {beside_best(found, budget)[1] for budget in budgets}
+    seeds = count([len(found[name][budget]) for name in named for budget in budgets if budget in found[name]])
     return (f"With the same network, images and seconds of training on {m['cores']} cores, {m['processor']}, {m['precision']}, "
             f"the training of `--preset laptop` is {'; '.join(told)}; {seeds} of the named. Only the best of the peers is named: "
             f"{listed(METHODS[name].title for name in PEERS)} have lightly's losses and heads, and the optimizer and learning "
-            f"rate that were the best for them at {minutes(TRIED)}. *Level* means that the means differ by less than "
-            f"{POINTS:g} points, or that the ranges of the seeds overlap.")  # fmt: skip
+            f"rate that were the best for them at {minutes(TRIED)}.{left_out(found, budgets)} *Level* means that the means "
+            f"differ by less than {POINTS:g} points, or that the ranges of the seeds overlap.")  # fmt: skip
+
+
+def left_out(found, budgets):
+    """Return a sentence for each of some budgets at which a peer is not measured."""
+    missing = {budget: [METHODS[name].title for name in PEERS if name not in at(found, budget)] for budget in budgets}
+    return "".join(f" Not measured at {minutes(budget)}: {listed(names)}." for budget, names in missing.items() if names)
 
 
 STYLES = {"preset": {"linewidth": 2.5}, REFERENCE: {"linestyle": "--", "color": "black"}}

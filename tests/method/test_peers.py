@@ -133,11 +133,13 @@ def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys)
     *_, last = json.loads(path.read_text())["rows"]
     assert last["seed"] == 43 and list(last["scores"]) == [chosen]
     elsewhere, other = path.read_text(), text.replace('"precision": "', '"precision": "other ')
-    for given, refused in ((elsewhere, "none of lars with lars"), (other, "in other")):
+    for given, options, refused in ((elsewhere, [], "none of lars with lars"), (other, [], "in other"),
+                                    (text, ["--n_probe", "90"], "rows with --n_probe 100"),
+                                    (text, ["--budgets", "40"], "no choice of lars: give --budgets 20, too")):  # fmt: skip
         path.write_text(given)
         capsys.readouterr()
         with pytest.raises(SystemExit):
-            peers.main([*argv, "--methods", "lars"])
+            peers.main([*argv, "--methods", "lars", *options])
         assert refused in capsys.readouterr().err and path.read_text() == given
 
 
@@ -179,9 +181,14 @@ def test_the_tables_and_the_verdict_show_the_rows(tmp_path, monkeypatch):
     assert "| SimCLR | 1 minute | sgd 0.02 | 9 | 2.50 s | 128 | sgd 0.02: 50.0 |" in peers_results.choices_table()
     with pytest.raises(FileNotFoundError):
         peers_results.verdict()
-    rows += [row(name, 60, 50 + i) for i, name in enumerate(METHODS) if name not in ("preset", "simclr")]
+    told = "is ahead of SimCLR with SGD after 1 minute (71.0% against 61.0%; supervised: 56.0%); 1 to"
+    rows += [row("supervised", 60, 56)]
     (tmp_path / "peers.json").write_text(json.dumps(content))
-    assert "is ahead of SimCLR with SGD after 1 minute (71.0% against 61.0%; supervised: 56.0%); 1 to" in peers_results.verdict()
+    assert told in peers_results.verdict()
+    assert "Not measured at 1 minute: VICReg, Barlow Twins and BYOL. " in peers_results.verdict()
+    rows += [row(name, 60, 50 + i) for i, name in enumerate(METHODS) if name not in ("preset", "simclr", "supervised")]
+    (tmp_path / "peers.json").write_text(json.dumps(content))
+    assert told in peers_results.verdict() and "Not measured" not in peers_results.verdict()
     rows += [row(name, 180, 50 + i) for i, name in enumerate(METHODS)]
     (tmp_path / "peers.json").write_text(json.dumps(content))
     told = "56.0%); behind BYOL with SGD after 3 minutes (50.0% against 55.0%; supervised: 56.0%); 1 to 2 seeds of the named."
