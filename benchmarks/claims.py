@@ -8,6 +8,7 @@ from infra import files
 
 ABOVE, CLOSE = "above", "close"  # what a claim says of its first row: better than the second, or as good
 POINTS = 2.0  # two rows are as good if their means differ by less
+NOISE = 1.0  # points between the seeds of a row, at most
 CLAIMS = (  # each compares the top-1 of two rows
     ("LARS is far above SGD", "base", ABOVE, "sgd"),
     ("many patches are better than two", "base", ABOVE, "two-patches"),
@@ -32,7 +33,7 @@ def verdicts(folder=RESULTS):
 def verdict(results, first, relation, second):
     """Return whether the row `first` is ABOVE the other, with the ranges of their seeds apart, or CLOSE to it.
 
-    From one seed, a gap below POINTS does not decide what is ABOVE.
+    From one seed, a gap below POINTS does not decide what is ABOVE, nor one within NOISE of POINTS what is CLOSE.
     """
     if first not in results or second not in results:
         return "not yet measured"
@@ -43,7 +44,8 @@ def verdict(results, first, relation, second):
     holds = abs(gap) < POINTS if relation == CLOSE else min(a) > max(b)
     single = len(a) == 1 or len(b) == 1
     answer = "**yes**" if holds else "**no**"
-    if single and relation == ABOVE and abs(gap) < POINTS:
+    within = abs(abs(gap) - POINTS) < NOISE if relation == CLOSE else abs(gap) < POINTS
+    if single and within:
         answer = "undecided"
     seeds = ", one seed of a row" if single else ""
     return f"{answer}, {gap:+.1f} points (`{first}` less `{second}`{seeds})"

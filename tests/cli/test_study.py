@@ -117,18 +117,18 @@ def test_no_figure_lies_in_a_row_that_is_not_measured():
 
 
 def test_what_decides_a_claim():
-    """The ranges of the seeds for what is above; from one seed two points; two points for what is as good."""
+    """The ranges of the seeds for what is above; two points for what is as good; from one seed some gaps are undecided."""
     def row(*top1):
         return {"runs": [{"top1": x} for x in top1]}
 
-    results = {"a": row(60, 61), "b": row(59), "c": row(50), "d": row(59, 59.5), "e": row(59, 60.5)}
+    results = {"a": row(60, 61), "b": row(59), "c": row(50), "d": row(59, 59.5), "e": row(59, 60.5), "g": row(60)}
 
     def answer(*names):
         return claims.verdict(results, *names).split(",")[0]
 
     assert [answer("a", claims.ABOVE, name) for name in "bcde"] == ["undecided", "**yes**", "**yes**", "**no**"]
     assert [answer(name, claims.ABOVE, "a") for name in "bcd"] == ["undecided", "**no**", "**no**"]
-    assert [answer(name, claims.CLOSE, "a") for name in "bc"] == ["**yes**", "**no**"]
+    assert [answer(name, claims.CLOSE, "a") for name in "bcdg"] == ["undecided", "**no**", "**yes**", "**yes**"]
     assert answer("a", claims.ABOVE, "f") == "not yet measured"
 
 
