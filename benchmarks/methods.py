@@ -22,7 +22,7 @@ from train import build_step
 ARCH, DIM, SIZE = "resnet18-tiny", 128, 16
 SGD = (("sgd", 0.02), ("sgd", 0.06), ("sgd", 0.2))  # lightly's CIFAR-10 benchmark has .06 for batches of 128
 LARS = (("lars", 0.03), ("lars", 0.1), ("lars", 0.3), ("lars", 0.9))
-MUON = (("muon", 0.05),)
+MUON = (("muon", 0.02), ("muon", 0.05), ("muon", 0.1))
 WEIGHT_DECAY = {"sgd": 5e-4, "muon": 0}
 
 
@@ -164,7 +164,7 @@ def ours(optimizer, rate, bf16):
 
 
 METHODS = {
-    "preset": Method("EMP-SSL, --preset laptop", ours, MUON, 50),
+    "preset": Method("EMP-SSL, --preset laptop", ours, (("muon", 0.05),), 50),
     "lars": Method("EMP-SSL, LARS", ours, (("lars", 0.3),), 50),
     "simclr": Method("SimCLR", partial(around, simclr), SGD + LARS + MUON),  # its paper has LARS, lightly's benchmark SGD
     "vicreg": Method("VICReg", partial(around, vicreg), LARS),  # as in lightly's benchmark with ImageNet
