@@ -23,6 +23,7 @@ ARCH, DIM, SIZE = "resnet18-tiny", 128, 16
 SGD = (("sgd", 0.02), ("sgd", 0.06), ("sgd", 0.2))  # lightly's CIFAR-10 benchmark has .06 for batches of 128
 LARS = (("lars", 0.03), ("lars", 0.1), ("lars", 0.3), ("lars", 0.9))
 MUON = (("muon", 0.02), ("muon", 0.05), ("muon", 0.1))
+OURS = (("muon", 0.05),)  # of --preset laptop
 WEIGHT_DECAY = {"sgd": 5e-4, "muon": 0}
 
 
@@ -164,11 +165,11 @@ def ours(optimizer, rate, bf16):
 
 
 METHODS = {
-    "preset": Method("EMP-SSL, --preset laptop", ours, (("muon", 0.05),), 50),
+    "preset": Method("EMP-SSL, --preset laptop", ours, OURS, 50),
     "lars": Method("EMP-SSL, LARS", ours, (("lars", 0.3),), 50),
     "simclr": Method("SimCLR", partial(around, simclr), SGD + LARS + MUON),  # its paper has LARS, lightly's benchmark SGD
     "vicreg": Method("VICReg", partial(around, vicreg), LARS),  # as in lightly's benchmark with ImageNet
     "barlow": Method("Barlow Twins", partial(around, barlow), SGD + LARS),  # the same
     "byol": Method("BYOL", partial(around, byol), SGD + LARS + MUON),  # the same
-    "supervised": Method("supervised", partial(around, supervised), SGD + MUON),
+    "supervised": Method("supervised", partial(around, supervised), SGD + OURS),
 }
