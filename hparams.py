@@ -79,7 +79,8 @@ class Hparams:
                               "a grid of crops", choices=VIEW_KINDS)  # fmt: skip
     emb_pool: str = setting("features", "encode", "what of a view to average as the representation; backbone: before the head; "
                             "stages: means of all stages", choices=("features", "proj", "backbone", "stages"))  # fmt: skip
-    pool_grid: int = setting(1, "encode", "average the views of a grid in so many parts along each axis, side by side", low=1)
+    pool_grid: int = setting(1, "encode", "split a grid of views into so many parts along each axis, average each, concatenate",
+                             low=1)  # fmt: skip
     save_proj: bool = setting(False, "encode", "save each patch's embedding and projection too, as float16")
     n_eval_epochs: int = setting(100, "probe", "epochs of the linear probe", low=1, high=100_000)
     eval_lr: float | None = setting(None, "probe", "learning rate of the probe (default: the best of six on a held-out tenth)",

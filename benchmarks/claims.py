@@ -10,7 +10,7 @@ ABOVE, CLOSE = "above", "close"  # what a claim says of its first row: better th
 POINTS = 2.0  # two rows are as good if their means differ by less
 NOISE = 1.0  # points between the seeds of a row, at most
 CLAIMS = (  # each compares the top-1 of two rows
-    ("LARS is far above SGD", "base", ABOVE, "sgd"),
+    ("LARS is far above SGD at the same rate", "base", ABOVE, "sgd"),
     ("many patches are better than two", "base", ABOVE, "two-patches"),
     ("patches of one image as negatives hurt", "no-duplicates", ABOVE, "duplicates"),
     ("the network without its last stage is better than without its last two", "mini", ABOVE, "base"),
@@ -47,5 +47,5 @@ def verdict(results, first, relation, second):
     within = abs(abs(gap) - POINTS) < NOISE if relation == CLOSE else abs(gap) < POINTS
     if single and within:
         answer = "undecided"
-    seeds = ", one seed of a row" if single else ""
-    return f"{answer}, {gap:+.1f} points (`{first}` less `{second}`{seeds})"
+    seeds = "; one of them has one seed" if single else ""
+    return f"{answer}, {gap:+.1f} points (`{first}` - `{second}`{seeds})"

@@ -112,12 +112,12 @@ def findings(group, folder=RESULTS):
             step, (invariance, uniformity) = entry["so_far"]["step"], entry["so_far"]["last"]
             cells[0] = f"not yet measured; losses at step {step:,}: {invariance:.3f}, {uniformity:.1f}, on {cores(entry)}"
         options = f"`{row.options}`".replace("{base}", "LAST.pt") if row.options else ""
-        rows.append([row.title, options, row.published, *cells])
+        rows.append([f"{row.title} (`{row.name}`)", options, row.published, *cells])
     columns = ["setting", "options", "published, full size", "top-1 here", "on its training images", "20-NN", "seconds"]
     if not any(cells[-1] for cells in rows):
         columns, rows = columns[:-1], [cells[:-1] for cells in rows]
     text = table(columns, rows)
-    text += f"\n\nEvery row starts from `{base}`; `--only` takes the names that `--list` prints."
+    text += f"\n\nEvery row starts from `{base}`. In brackets is the name that `--only` takes."
     if entries:
         entry = next(iter(entries.values()))
         size = f"{entry['n_images']:,} training images of " if entry["n_images"] else ""
