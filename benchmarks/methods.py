@@ -20,18 +20,29 @@ from patches import HUE, Augment, augment, augmentation_plan, by_turn, sample_pa
 from train import build_step
 
 ARCH, DIM, SIZE = "resnet18-tiny", 128, 16
-SGD = (("sgd", 0.02), ("sgd", 0.06), ("sgd", 0.2))  # lightly's CIFAR-10 benchmark has .06 for batches of 128
-LARS = (("lars", 0.03), ("lars", 0.1), ("lars", 0.3), ("lars", 0.9))
-MUON = (("muon", 0.02), ("muon", 0.05), ("muon", 0.1))
-OURS = (("muon", 0.05),)  # of --preset laptop
 WEIGHT_DECAY = {"sgd": 5e-4, "muon": 0}
+BIASES = 0.024  # the learning rate of biases over that of weights in Barlow Twins' code, .0048 / .2
+
+
+class Try(NamedTuple):
+    optimizer: str
+    rate: float
+    setting: float | None = None  # that of the method which Method.setting names; None for its default
+
+
+SGD = (Try("sgd", 0.06),)  # of lightly's CIFAR-10 benchmark, for batches of 128
+LARS = (Try("lars", 0.03), Try("lars", 0.1), Try("lars", 0.3))
+MUON = (Try("muon", 0.02), Try("muon", 0.05), Try("muon", 0.1))
+NARROW = tuple(how._replace(setting=1024) for how in MUON)  # Muon is slow for layers of 2048 x 2048
 
 
 class Method(NamedTuple):
     title: str
-    build: object  # (optimizer, rate, bf16) -> (backbone, optimizer, step); step(images, labels, rng) trains on a batch
-    tries: tuple  # of (optimizer, learning rate)
+    build: object  # (Try, bf16) -> (backbone, optimizer, step); step(images, labels, rng) trains on a batch
+    tries: tuple
+    setting: str = ""
     bs: int = 128
+    sizes: tuple = (24, 32)  # of the whole image in the evaluation; a random view of half the width is a crop of 23 on average
 
 
 @torch.autocast("cpu", enabled=False)
@@ -57,19 +68,19 @@ def random_views(images, rng, n=2, scale=(0.08, 1.0), augmentation=Augment(blur=
     return to_signed(x[order.argsort()]).unflatten(0, (n, B))  # (n B, 3, SIZE, SIZE) -> (n, B, 3, SIZE, SIZE)
 
 
-def simclr(backbone):
+def simclr(backbone, temperature=0.5):
     from lightly.loss import NTXentLoss
     from lightly.models.modules.heads import SimCLRProjectionHead
 
-    return two_views(backbone, SimCLRProjectionHead(DIM, 512, 128), NTXentLoss())
+    return two_views(backbone, SimCLRProjectionHead(DIM, 512, 128), NTXentLoss(temperature))
 
 
-def vicreg(backbone):
+def vicreg(backbone, width=2048):
     from lightly.loss import vicreg_loss
     from lightly.models.modules.heads import VICRegProjectionHead
 
     vicreg_loss.covariance_loss = covariance_loss
-    return two_views(backbone, VICRegProjectionHead(DIM, 2048, 2048, num_layers=2), vicreg_loss.VICRegLoss())
+    return two_views(backbone, VICRegProjectionHead(DIM, width, width, num_layers=2), vicreg_loss.VICRegLoss())
 
 
 def covariance_loss(x):
@@ -80,12 +91,13 @@ def covariance_loss(x):
     return ((x @ x.T).square().sum() - x.square().sum(0).square().sum()) / ((B - 1) ** 2 * d)
 
 
-def barlow(backbone):
+def barlow(backbone, width=2048):
+    """Barlow Twins. With LARS and Muon, the scale of its large loss matters to biases and batch norm's weights alone."""
     from lightly.loss import BarlowTwinsLoss
     from lightly.models.modules.heads import ProjectionHead
 
-    head = ProjectionHead([(DIM, 2048, nn.BatchNorm1d(2048), nn.ReLU()), (2048, 2048, None, None)])
-    return two_views(backbone, head, BarlowTwinsLoss())
+    head, loss = ProjectionHead([(DIM, width, nn.BatchNorm1d(width), nn.ReLU()), (width, width, None, None)]), BarlowTwinsLoss()
+    return two_views(backbone, head, lambda z0, z1: BIASES * loss(z0, z1))
 
 
 def two_views(backbone, head, criterion):
@@ -97,7 +109,7 @@ def two_views(backbone, head, criterion):
     return head, forward, criterion
 
 
-def byol(backbone):
+def byol(backbone, momentum=0.99):
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
     from lightly.models.utils import update_momentum
@@ -107,7 +119,7 @@ def byol(backbone):
     target = copy.deepcopy(online).requires_grad_(False)
 
     def forward(images, labels, rng):
-        update_momentum(online, target, m=0.99)  # that of lightly's CIFAR-10 benchmark
+        update_momentum(online, target, m=momentum)  # lightly's CIFAR-10 benchmark has .99, for many more steps
         views = random_views(images, rng)
         return [*(predict(online(view)) for view in views), *(target(view) for view in views)]
 
@@ -125,11 +137,11 @@ def supervised(backbone):
     return head, forward, F.cross_entropy
 
 
-def around(parts_of, optimizer, rate, bf16):
-    """Return (backbone, optimizer, step) of a method whose parts_of(backbone) returns (head, forward, criterion)."""
+def around(parts_of, how, bf16):
+    """Return (backbone, optimizer, step) of a method whose parts_of(backbone, setting) returns (head, forward, criterion)."""
     backbone = build_backbone(ARCH)[0].to(memory_format=torch.channels_last)
-    head, forward, criterion = parts_of(backbone)
-    optimizer = build_peer_optimizer(optimizer, rate, nn.ModuleList([backbone, head]), bf16)
+    head, forward, criterion = parts_of(backbone) if how.setting is None else parts_of(backbone, how.setting)
+    optimizer = build_peer_optimizer(how.optimizer, how.rate, nn.ModuleList([backbone, head]), bf16)
 
     def step(images, labels, rng):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -154,9 +166,9 @@ def build_peer_optimizer(name, rate, network, bf16):
     return build_optimizer(hp, network, bf16)
 
 
-def ours(optimizer, rate, bf16):
+def ours(how, bf16):
     """Return (backbone, optimizer, step) of this program, by --preset laptop."""
-    argv = ["train", "--preset", "laptop", "--optimizer", optimizer, "--lr", str(rate)]
+    argv = ["train", "--preset", "laptop", "--optimizer", how.optimizer, "--lr", str(how.rate)]
     hp = program.hyperparameters(program.parse(argv))
     encoder = Encoder(hp.arch, hp.h_dim, hp.z_dim).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(hp, encoder, bf16)
@@ -165,11 +177,18 @@ def ours(optimizer, rate, bf16):
 
 
 METHODS = {
-    "preset": Method("EMP-SSL, --preset laptop", ours, OURS, 50),
-    "lars": Method("EMP-SSL, LARS", ours, (("lars", 0.3),), 50),
-    "simclr": Method("SimCLR", partial(around, simclr), SGD + LARS + MUON),  # its paper has LARS, lightly's benchmark SGD
-    "vicreg": Method("VICReg", partial(around, vicreg), LARS),  # as in lightly's benchmark with ImageNet
-    "barlow": Method("Barlow Twins", partial(around, barlow), SGD + LARS),  # the same
-    "byol": Method("BYOL", partial(around, byol), SGD + LARS + MUON),  # the same
-    "supervised": Method("supervised", partial(around, supervised), SGD + OURS),
-}
+    "preset": Method("EMP-SSL, --preset laptop", ours, (Try("muon", 0.05),), bs=50, sizes=(32,)),
+    "lars": Method("EMP-SSL, LARS", ours, (Try("lars", 0.3),), bs=50, sizes=(32,)),
+    "simclr": Method("SimCLR", partial(around, simclr),
+                     SGD + LARS + MUON + (Try("muon", 0.05, 0.2), Try("muon", 0.1, 0.2)), "temperature"),
+    "vicreg": Method("VICReg", partial(around, vicreg), LARS + NARROW, "width"),  # lightly's CIFAR-10 benchmark does not have it
+    "barlow": Method("Barlow Twins", partial(around, barlow), SGD + LARS + NARROW, "width"),
+    "byol": Method("BYOL", partial(around, byol),
+                   SGD + LARS + MUON + (Try("muon", 0.05, 0.9), Try("muon", 0.05, 0.97)), "momentum"),
+    "supervised": Method("supervised", partial(around, supervised), SGD + MUON),
+}  # fmt: skip
+
+
+def label(name, how):
+    """Return a Try of a method in words: muon 0.05, temperature 0.2."""
+    return f"{how.optimizer} {how.rate:g}" + ("" if how.setting is None else f", {METHODS[name].setting} {how.setting:g}")

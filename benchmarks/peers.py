@@ -8,10 +8,11 @@
 All methods train the same network, resnet18-tiny, with 16 pixels on the same images. The first start measures the time of a
 step of each method, k-means features, and the untrained network. A budget is then a number of steps, so that the accuracy does
 not depend on what else the machine does, and rows can be added on another machine of the same precision. A method tries several
-optimizers and learning rates at budgets up to TRIED seconds, and takes what has the best linear probe on N_SCORED training
-images that neither the method nor the probe is trained with. Longer budgets and further seeds take its choice at TRIED. All
-methods are encoded alike: all stages of the whole image in 4 x 4 places. Each training run is kept in --log_folder and each
-result is a row of benchmarks/results/peers.json; what is there is not run again.
+optimizers, learning rates and settings of its own at budgets up to TRIED seconds, and takes what has the best linear probe on
+N_SCORED training images that neither the method nor the probe is trained with. Longer budgets and further seeds take its choice
+at TRIED. All methods are encoded alike: all stages of the whole image in 4 x 4 places, in that of the method's sizes which has
+the best score. Each training run is kept in --log_folder and each result is a row of benchmarks/results/peers.json. What is
+there is not run again: after a change of methods.py, remove the method's runs and rows.
 """
 
 import statistics
@@ -20,11 +21,12 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from backbones import build_backbone, stage_means
 from benchmarks import kmeans
 from benchmarks.common import commit, machine, parser
-from benchmarks.methods import ARCH, METHODS
+from benchmarks.methods import ARCH, METHODS, Try, label
 from data import load_images, subset_at
 from evaluate import Fit, knn, linear_probe
 from infra import files
@@ -43,12 +45,12 @@ FIT = Fit(n_epochs=10, standardize=True)
 
 
 def train(method, how, seed, images, n_steps, bf16):
-    """Return the backbone after n_steps by how = (optimizer, rate), with a cosine from the rate to 0."""
+    """Return the backbone after n_steps by a Try, with a cosine from its rate to 0."""
     torch.manual_seed(seed)
-    backbone, optimizer, step = method.build(*how, bf16)
-    hp = Namespace(lr=how[1], schedule="cosine")
+    backbone, optimizer, step = method.build(how, bf16)
+    hp = Namespace(lr=how.rate, schedule="cosine")
     per_epoch = len(images.images) // method.bs
-    for i in progress_bar(range(n_steps), f"{method.title}, {how[0]} {how[1]:g}"):
+    for i in progress_bar(range(n_steps), f"{method.title}, {how.optimizer} {how.rate:g}"):
         epoch, place = divmod(i, per_epoch)
         if place == 0:
             order = torch.randperm(len(images.images), generator=generator(seed, "order", epoch))
@@ -60,31 +62,33 @@ def train(method, how, seed, images, n_steps, bf16):
 
 
 @torch.inference_mode()
-def embed(backbone, images, bf16, bs=200):
-    """Return all stages of the whole images in their own size, in PARTS x PARTS places, side by side. (N, PARTS² stage_dim)."""
+def embed(backbone, images, bf16, size=32, bs=200):
+    """Return all stages of the whole images in size x size pixels, in PARTS x PARTS places: (N, PARTS² stage_dim)."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     backbone = fold_batch_norm(backbone).to(dtype, memory_format=torch.channels_last)
-    batches = (to_signed(batch.float() / 255).to(dtype, memory_format=torch.channels_last) for batch in images.split(bs))
+    batches = (F.interpolate(batch / 255, size=size, mode="bilinear", antialias=True) for batch in images.split(bs))
+    batches = (to_signed(x).to(dtype, memory_format=torch.channels_last) for x in batches)
     return torch.cat([stage_means(backbone, x, PARTS).float() for x in batches])
 
 
-def evaluate(backbone, images, test_images, seed, bf16):
-    """Return the accuracies of a linear probe and of 20-NN that know these labelled images."""
-    x, x_test = (embed(backbone, part.images, bf16) for part in (images, test_images))
+def evaluate(backbone, images, test_images, seed, bf16, size=32):
+    """Return the accuracies of a linear probe and of 20-NN that know these labelled images, encoded in size x size pixels."""
+    x, x_test = (embed(backbone, part.images, bf16, size) for part in (images, test_images))
     y, y_test = images.labels, test_images.labels
     result = linear_probe(x, y, x_test, y_test, 10, FIT._replace(seed=seed, bf16=bf16))[0]
     return {"top1": result["top1"], "train_top1": result["train_top1"], "knn_top1": knn(x, y, x_test, y_test, 10)}
 
 
 def tried(options, name, how, images, n_steps, bf16):
-    """Train, or read the run if it is in the log folder. Return score (top-1 on the scored images), backbone, commit."""
-    path = options.log_folder / f"{name}-{how[0]}-{how[1]:g}-{n_steps}-{options.seed}.pt"
+    """Train, or read the run if it is in the log folder. Return score (top-1 on the scored images), size, backbone, commit."""
+    path = options.log_folder / f"{name}, {label(name, how)}, {n_steps} steps, seed {options.seed}.pt"
     if not path.exists():
         scored, fitted, rest = split(images, options.seed)
         backbone = train(METHODS[name], how, options.seed, rest, n_steps, bf16)
-        top1 = evaluate(backbone, fitted, scored, options.seed, bf16)["top1"]
+        scores = {size: evaluate(backbone, fitted, scored, options.seed, bf16, size)["top1"] for size in METHODS[name].sizes}
+        size = max(scores, key=scores.get)
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.save(path, {"score": top1, "backbone": backbone.state_dict(), "commit": commit()})
+        files.save(path, {"score": scores[size], "size": size, "backbone": backbone.state_dict(), "commit": commit()})
     return files.load(path)
 
 
@@ -99,7 +103,7 @@ def tries(name, budget, rows):
     """Return what a method tries at a budget: up to TRIED all its tries; above, or with another seed, what these have chosen."""
     for row in rows:
         if (row["method"], row["budget"]) == (name, min(budget, TRIED)):
-            return ((row["optimizer"], row["lr"]),)
+            return (Try(row["optimizer"], row["lr"], row["setting"]),)
     return METHODS[name].tries
 
 
@@ -109,9 +113,12 @@ def known_to_probe(images, options):
 
 
 def untrained(options, images, bf16):
-    """Return the accuracies of the network with random weights."""
+    """Return the accuracies of the network with random weights, and its score, as of `tried`."""
     torch.manual_seed(options.seed)
-    return evaluate(build_backbone(ARCH)[0], known_to_probe(images[0], options), images[1], options.seed, bf16)
+    backbone = build_backbone(ARCH)[0]
+    scored, fitted, _ = split(images[0], options.seed)
+    return {**evaluate(backbone, known_to_probe(images[0], options), images[1], options.seed, bf16),
+            "score": evaluate(backbone, fitted, scored, options.seed, bf16)["top1"]}  # fmt: skip
 
 
 def measure(options, name, budget, results, images, bf16):
@@ -119,22 +126,22 @@ def measure(options, name, budget, results, images, bf16):
     train_images, test_images = images
     runs = {}
     for how in tries(name, budget, results["rows"]):
-        n_steps = round(budget / results["step_seconds"][f"{name} {how[0]}"])
+        n_steps = round(budget / results["step_seconds"][f"{name} {how.optimizer}"])
         runs[how] = {"n_steps": n_steps, **tried(options, name, how, train_images, n_steps, bf16)}
     how = max(runs, key=lambda how: runs[how]["score"])
     backbone = build_backbone(ARCH)[0]
     backbone.load_state_dict(runs[how]["backbone"])
     known = known_to_probe(train_images, options)
     return {"method": name, "budget": budget, "seed": options.seed, "n_probe": len(known.images), "n_steps": runs[how]["n_steps"],
-            "bs": METHODS[name].bs, "optimizer": how[0], "lr": how[1],
-            **evaluate(backbone, known, test_images, options.seed, bf16),
-            "scores": {f"{optimizer} {rate:g}": run["score"] for (optimizer, rate), run in runs.items()},
+            "bs": METHODS[name].bs, "optimizer": how.optimizer, "lr": how.rate, "setting": how.setting, "size": runs[how]["size"],
+            **evaluate(backbone, known, test_images, options.seed, bf16, runs[how]["size"]),
+            "scores": {label(name, how): run["score"] for how, run in runs.items()},
             "commit": runs[how]["commit"]}  # fmt: skip
 
 
 def step_seconds(new, images, bf16, n_rounds=9):
-    """Return {"method optimizer": median seconds of a training step} of some (method, optimizer, rate), measured in turns."""
-    steps = {(name, optimizer): METHODS[name].build(optimizer, rate, bf16)[2] for name, optimizer, rate in new}
+    """Return {"method optimizer": median seconds of a training step} of some (method, Try), measured in turns."""
+    steps = {(name, how.optimizer): METHODS[name].build(how, bf16)[2] for name, how in new}
     seconds = {key: [] for key in steps}
     for i in range(n_rounds):
         for (name, optimizer), step in steps.items():
@@ -146,9 +153,9 @@ def step_seconds(new, images, bf16, n_rounds=9):
 
 
 def not_timed(names, known):
-    """Return a (method, optimizer, rate) for each optimizer that these methods try and whose step `known` does not have."""
-    return [(name, optimizer, rate) for name in names for optimizer, rate in dict(METHODS[name].tries).items()
-            if f"{name} {optimizer}" not in known]  # fmt: skip
+    """Return a (method, Try) for each optimizer that these methods try and whose step `known` does not have."""
+    tries = [(name, how) for name in names for how in {how.optimizer: how for how in METHODS[name].tries}.values()]
+    return [(name, how) for name, how in tries if f"{name} {how.optimizer}" not in known]
 
 
 def kmeans_row(options, images):
@@ -164,7 +171,7 @@ def refusal(options, results, here, new):
     if was["precision"] != here["precision"]:
         return f"is in {was['precision']}, not in {here['precision']}: give another --out"
     if new and was != here:
-        return f"has times of another machine, and none of {new[0][0]} with {new[0][1]}: give another --out"
+        return f"has times of another machine, and none of {new[0][0]} with {new[0][1].optimizer}: give another --out"
     if any(row["n_probe"] != options.n_probe for row in rows):
         return f"has rows with --n_probe {rows[0]['n_probe']}: give that, or another --out"
     if max(options.budgets) > TRIED and TRIED not in options.budgets and not_chosen:

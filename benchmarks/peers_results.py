@@ -10,7 +10,7 @@ from itertools import groupby
 
 from benchmarks.claims import POINTS
 from benchmarks.common import ROOT
-from benchmarks.methods import METHODS
+from benchmarks.methods import METHODS, Try, label
 from benchmarks.peers import TRIED
 from benchmarks.tables import count, measured_by, read, spread, table
 
@@ -72,9 +72,11 @@ def choices_table():
     for row in sorted(results["rows"], key=lambda row: list(found).index(row["method"])):
         seconds = results["step_seconds"][f"{row['method']} {row['optimizer']}"]
         scores = "; ".join(f"{how}: {score:.1f}" for how, score in row["scores"].items())
-        lines.append([METHODS[row["method"]].title, minutes(row["budget"]), f"{row['optimizer']} {row['lr']:g}",
+        lines.append([METHODS[row["method"]].title, minutes(row["budget"]),
+                      label(row["method"], Try(row["optimizer"], row["lr"], row["setting"])), str(row["size"]),
                       f"{row['n_steps']:,}", f"{seconds:.2f} s", str(row["bs"]), scores])  # fmt: skip
-    return table(["", "budget", "chosen", "steps", "a step", "images in it", "scores"], lines)
+    text = table(["", "budget", "chosen", "size", "steps", "a step", "images in it", "scores"], lines)
+    return f"{text}\n\nThe score of the network untrained: {results['untrained']['score']:.1f}."
 
 
 def place(ours, theirs):
@@ -119,9 +121,9 @@ def verdict():
     seeds = count([len(found[name][budget]) for name in named for budget in budgets if budget in found[name]])
     return (f"With the same network, images and seconds of training on {m['cores']} cores, {m['processor']}, {m['precision']}, "
             f"the training of `--preset laptop` is {'; '.join(told)}; {seeds} of the named. Only the best of the peers is named: "
-            f"{listed(METHODS[name].title for name in PEERS)} have lightly's losses and heads, and the optimizer and learning "
-            f"rate that were the best for them at {minutes(TRIED)}.{left_out(found, budgets)} *Level* means that the means "
-            f"differ by less than {POINTS:g} points, or that the ranges of the seeds overlap.")  # fmt: skip
+            f"{listed(METHODS[name].title for name in PEERS)} have lightly's losses and heads, and the optimizer, learning rate "
+            f"and settings that were the best for them at {minutes(TRIED)}.{left_out(found, budgets)} *Level* means that the "
+            f"means differ by less than {POINTS:g} points, or that the ranges of the seeds overlap.")  # fmt: skip
 
 
 def left_out(found, budgets):

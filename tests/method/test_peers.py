@@ -9,7 +9,7 @@ from helpers import pictures
 
 from backbones import build_backbone
 from benchmarks import methods, peers, peers_results, tables
-from benchmarks.methods import METHODS
+from benchmarks.methods import METHODS, Try
 from data import ImageSet, load_images, subset_at
 from infra.device import generator
 from patches import Augment
@@ -52,8 +52,8 @@ def test_colours_of_views_are_augmented_in_their_own_order():
 def test_a_step_trains_the_backbone_by_each_of_its_optimizers(name):
     if name not in ("preset", "lars", "supervised"):
         pytest.importorskip("lightly")
-    for optimizer, rate in dict(METHODS[name].tries).items():
-        backbone, _, step = METHODS[name].build(optimizer, rate, False)
+    for how in {how.optimizer: how for how in METHODS[name].tries}.values():
+        backbone, _, step = METHODS[name].build(how, False)
         assert backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
         first = [p.clone() for p in backbone.parameters()]
         for i in range(2):
@@ -72,6 +72,18 @@ def test_the_rate_of_the_peers_lars_scales_every_step():
         methods.build_peer_optimizer("lars", rate, layer, False).step()
         lengths.append((layer.weight - first).norm().item() / first.norm().item())
     assert lengths == pytest.approx([0.1 * 0.02 * 1.9, 0.3 * 0.02 * 1.9], rel=1e-3)  # eta .02; 1.9: the first step with Nesterov
+
+
+def test_a_try_gives_its_method_the_setting():
+    given = []
+
+    def parts_of(backbone, setting=1):
+        given.append(setting)
+        return methods.supervised(backbone)
+
+    for setting in (None, 5):
+        methods.around(parts_of, Try("sgd", 0.1, setting), False)
+    assert given == [1, 5] and methods.label("simclr", Try("muon", 0.1, 0.2)) == "muon 0.1, temperature 0.2"
 
 
 def test_the_target_of_byol_follows_by_a_hundredth():
@@ -122,8 +134,9 @@ def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys)
     short, long = rows["supervised", 20], rows["supervised", 40]
     chosen = f"{short['optimizer']} {short['lr']:g}"
     assert short["n_steps"] == 20 / seconds[f"supervised {short['optimizer']}"]
-    assert list(short["scores"]) == ["sgd 0.02", "sgd 0.06", "sgd 0.2", "muon 0.05"]
+    assert list(short["scores"]) == ["sgd 0.06", "muon 0.02", "muon 0.05", "muon 0.1"]
     assert short["scores"][chosen] == max(short["scores"].values()) and list(long["scores"]) == [chosen]
+    assert short["size"] in (24, 32) and rows["preset", 40]["size"] == 32
     assert short["n_probe"] == 100 and len(list((tmp_path / "logs").iterdir())) == 4 + 1 + 1 + 1
     capsys.readouterr()
     peers.main(argv)
@@ -155,16 +168,16 @@ def test_a_method_learns():
     alone, measured: 20-NN 68.5 against 49.5."""
     train, test = (subset_at(textures(10), torch.arange(i, 400, 2)) for i in range(2))
     method = METHODS["supervised"]._replace(bs=40)
-    still, trained = (peers.train(method, ("muon", rate), 0, train, 15, False) for rate in (1e-9, 0.05))
+    still, trained = (peers.train(method, Try("muon", rate), 0, train, 15, False) for rate in (1e-9, 0.05))
     scores = [peers.evaluate(backbone, train, test, 0, False)["knn_top1"] for backbone in (still, trained)]
     assert scores[1] > scores[0] + 10
 
 
 def test_the_tables_and_the_verdict_show_the_rows(tmp_path, monkeypatch):
     def row(name, budget, top1, seed=42):
-        optimizer, rate = METHODS[name].tries[0]
+        optimizer, rate, setting = METHODS[name].tries[-1]
         return {"method": name, "budget": budget, "seed": seed, "top1": top1, "knn_top1": top1 - 10, "n_probe": 1000,
-                "n_steps": 9, "optimizer": optimizer, "lr": rate, "bs": 128,
+                "n_steps": 9, "optimizer": optimizer, "lr": rate, "setting": setting, "size": 24, "bs": 128,
                 "scores": {f"{optimizer} {rate:g}": 50.04}}  # fmt: skip
 
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
@@ -173,15 +186,16 @@ def test_the_tables_and_the_verdict_show_the_rows(tmp_path, monkeypatch):
     machine = {**dict.fromkeys(("processor", "device", "precision", "python", "torch", "torchvision"), "m"), "cores": 2}
     rows = [row("preset", 60, 70), row("preset", 60, 72, seed=43), row("simclr", 60, 61)]
     kmeans = {"n_centroids": 400, "n_images": 1000, "top1": 60, "seconds": 40}
-    content = {"machine": machine, "rows": rows, "untrained": {"top1": 41}, "kmeans": kmeans,
-               "step_seconds": {f"{name} {METHODS[name].tries[0][0]}": 2.5 for name in METHODS}}  # fmt: skip
+    content = {"machine": machine, "rows": rows, "untrained": {"top1": 41, "score": 40}, "kmeans": kmeans,
+               "step_seconds": {f"{name} {METHODS[name].tries[-1].optimizer}": 2.5 for name in METHODS}}  # fmt: skip
     (tmp_path / "peers.json").write_text(json.dumps(content))
     assert "untrained: 41.0%" in peers_results.results_table()
     assert "| EMP-SSL, --preset laptop | 71.0% (70.0 to 72.0); 61.0% |" in peers_results.results_table()
-    assert "| SimCLR | 1 minute | sgd 0.02 | 9 | 2.50 s | 128 | sgd 0.02: 50.0 |" in peers_results.choices_table()
+    told = "| SimCLR | 1 minute | muon 0.1, temperature 0.2 | 24 | 9 | 2.50 s | 128 | muon 0.1: 50.0 |"
+    assert told in peers_results.choices_table()
     with pytest.raises(FileNotFoundError):
         peers_results.verdict()
-    told = "is ahead of SimCLR with SGD after 1 minute (71.0% against 61.0%; supervised: 56.0%); 1 to"
+    told = "is ahead of SimCLR with Muon after 1 minute (71.0% against 61.0%; supervised: 56.0%); 1 to"
     rows += [row("supervised", 60, 56)]
     (tmp_path / "peers.json").write_text(json.dumps(content))
     assert told in peers_results.verdict()
@@ -191,11 +205,11 @@ def test_the_tables_and_the_verdict_show_the_rows(tmp_path, monkeypatch):
     assert told in peers_results.verdict() and "Not measured" not in peers_results.verdict()
     rows += [row(name, 180, 50 + i) for i, name in enumerate(METHODS)]
     (tmp_path / "peers.json").write_text(json.dumps(content))
-    told = "56.0%); behind BYOL with SGD after 3 minutes (50.0% against 55.0%; supervised: 56.0%); 1 to 2 seeds of the named."
+    told = "56.0%); behind BYOL with Muon after 3 minutes (50.0% against 55.0%; supervised: 56.0%); 1 to 2 seeds of the named."
     assert told in peers_results.verdict()
     rows += [row(name, 600, 60 + i) for i, name in enumerate(METHODS)]
     (tmp_path / "peers.json").write_text(json.dumps(content))
-    told = "56.0%); behind BYOL with SGD after 3 and 10 minutes (50.0 and 60.0% against 55.0 and 65.0%; supervised: 56.0 and 66.0"
+    told = "56.0%); behind BYOL with Muon after 3 and 10 minutes (50.0 and 60.0% against 55.0 and 65.0%; supervised: 56.0 and "
     assert told in peers_results.verdict()
 
 
