@@ -185,7 +185,7 @@ METHODS = {
     "barlow": Method("Barlow Twins", partial(around, barlow), SGD + LARS + NARROW, "width"),
     "byol": Method("BYOL", partial(around, byol),
                    SGD + LARS + MUON + (Try("muon", 0.05, 0.9), Try("muon", 0.05, 0.97)), "momentum"),
-    "supervised": Method("supervised", partial(around, supervised), (*SGD, Try("muon", 0.05))),
+    "supervised": Method("supervised", partial(around, supervised), SGD + MUON),
 }  # fmt: skip
 
 

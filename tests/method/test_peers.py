@@ -134,10 +134,10 @@ def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys)
     short, long = rows["supervised", 20], rows["supervised", 40]
     chosen = f"{short['optimizer']} {short['lr']:g}"
     assert short["n_steps"] == 20 / seconds[f"supervised {short['optimizer']}"]
-    assert list(short["scores"]) == ["sgd 0.06", "muon 0.05"]
+    assert list(short["scores"]) == ["sgd 0.06", "muon 0.02", "muon 0.05", "muon 0.1"]
     assert short["scores"][chosen] == max(short["scores"].values()) and list(long["scores"]) == [chosen]
     assert short["size"] in (24, 32) and rows["preset", 40]["size"] == 32
-    assert short["n_probe"] == 100 and len(list((tmp_path / "logs").iterdir())) == 2 + 1 + 1 + 1
+    assert short["n_probe"] == 100 and len(list((tmp_path / "logs").iterdir())) == 4 + 1 + 1 + 1
     capsys.readouterr()
     peers.main(argv)
     assert path.read_text() == text and not capsys.readouterr().out
