@@ -42,10 +42,10 @@ def verdict(results, first, relation, second):
         return f"does not show, `{second if a else first}` diverged"
     gap = statistics.mean(a) - statistics.mean(b)
     holds = abs(gap) < POINTS if relation == CLOSE else min(a) > max(b)
-    single = len(a) == 1 or len(b) == 1
+    single = [f"`{name}`" for name, runs in ((first, a), (second, b)) if len(runs) == 1]
     answer = "**yes**" if holds else "**no**"
     within = abs(abs(gap) - POINTS) < NOISE if relation == CLOSE else abs(gap) < POINTS
     if single and within:
         answer = "undecided"
-    seeds = "; one of them has one seed" if single else ""
+    seeds = f"; one seed of {' and '.join(single)}" if single else ""
     return f"{answer}, {gap:+.1f} points (`{first}` - `{second}`{seeds})"

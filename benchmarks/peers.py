@@ -62,17 +62,21 @@ def train(method, how, seed, images, n_steps, bf16):
 
 
 @torch.inference_mode()
-def embed(backbone, images, bf16, size=32, bs=200):
-    """Return all stages of the whole images in size x size pixels, in PARTS x PARTS places: (N, PARTS² stage_dim)."""
+def embed(backbone, images, bf16, size=None, bs=200):
+    """Return all stages of the images in size x size pixels, or their own, in PARTS x PARTS places: (N, PARTS² stage_dim)."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     backbone = fold_batch_norm(backbone).to(dtype, memory_format=torch.channels_last)
-    batches = (F.interpolate(batch / 255, size=size, mode="bilinear", antialias=True) for batch in images.split(bs))
-    batches = (to_signed(x).to(dtype, memory_format=torch.channels_last) for x in batches)
-    return torch.cat([stage_means(backbone, x, PARTS).float() for x in batches])
+    stages = []
+    for batch in images.split(bs):
+        x = batch.float() / 255
+        if size not in (None, x.shape[-1]):
+            x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
+        stages.append(stage_means(backbone, to_signed(x).to(dtype, memory_format=torch.channels_last), PARTS).float())
+    return torch.cat(stages)
 
 
-def evaluate(backbone, images, test_images, seed, bf16, size=32):
-    """Return the accuracies of a linear probe and of 20-NN that know these labelled images, encoded in size x size pixels."""
+def evaluate(backbone, images, test_images, seed, bf16, size=None):
+    """Return the accuracies of a linear probe and of 20-NN that know these labelled images, encoded as by `embed`."""
     x, x_test = (embed(backbone, part.images, bf16, size) for part in (images, test_images))
     y, y_test = images.labels, test_images.labels
     result = linear_probe(x, y, x_test, y_test, 10, FIT._replace(seed=seed, bf16=bf16))[0]
