@@ -8,7 +8,7 @@ import statistics
 from functools import partial
 from itertools import groupby
 
-from benchmarks.claims import POINTS
+from benchmarks.claims import NOISE, POINTS
 from benchmarks.common import ROOT
 from benchmarks.methods import METHODS, Try, label
 from benchmarks.peers import TRIED
@@ -80,10 +80,14 @@ def choices_table():
 
 
 def place(ours, theirs):
-    """Return how the top-1 of our rows compares with theirs: level if the means differ by less than POINTS, or seeds overlap."""
+    """Return how the top-1 of our rows compares with theirs.
+
+    They are level if the ranges of the seeds overlap, or the means differ by less than NOISE, or POINTS if one has one seed.
+    """
     a, b = ([row["top1"] for row in rows] for rows in (ours, theirs))
     ahead, behind = min(a) > max(b), max(a) < min(b)
-    if abs(mean(ours) - mean(theirs)) < POINTS or not (ahead or behind):
+    limit = NOISE if min(len(a), len(b)) > 1 else POINTS
+    if abs(mean(ours) - mean(theirs)) < limit or not (ahead or behind):
         return "level with"
     return "ahead of" if ahead else "behind"
 
@@ -123,7 +127,8 @@ def verdict():
             f"the training of `--preset laptop` is {'; '.join(told)}; {seeds} of the named. Only the best of the peers is named: "
             f"{listed(METHODS[name].title for name in PEERS)} have lightly's losses and heads, and the optimizer, learning rate "
             f"and settings that were the best for them at {minutes(TRIED)}.{left_out(found, budgets)} *Level* means that the "
-            f"means differ by less than {POINTS:g} points, or that the ranges of the seeds overlap.")  # fmt: skip
+            f"ranges of the seeds overlap, or that the means differ by less than {NOISE:g} point, or {POINTS:g} points if one of "
+            f"the two has one seed.")  # fmt: skip
 
 
 def left_out(found, budgets):

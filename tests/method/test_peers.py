@@ -215,8 +215,9 @@ def test_the_tables_and_the_verdict_show_the_rows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("ours", "theirs", "expected"), [
     ([70], [68.1], "level with"), ([70], [68], "ahead of"), ([68], [70], "behind"), ([70], [71, 72], "level with"),
-    ([70, 71], [68, 68.4], "ahead of"), ([70, 71], [73, 72], "behind"), ([70, 71], [69, 69.8], "level with"),
+    ([70, 71], [68, 68.4], "ahead of"), ([70, 71], [73, 72], "behind"), ([70, 71], [69, 69.8], "ahead of"),
     ([75, 70], [72, 66], "level with"), ([70], [65, 71], "level with"),
+    ([70, 71], [69.9, 69.3], "level with"), ([70, 71], [69], "level with"),
 ])  # fmt: skip
 def test_a_small_gap_and_overlapping_seeds_are_level(ours, theirs, expected):
     assert peers_results.place([{"top1": x} for x in ours], [{"top1": x} for x in theirs]) == expected
