@@ -7,15 +7,14 @@ from typing import NamedTuple
 import torch
 import torchvision
 
-import textures
-from folders import class_folders, find_images, labels_from_file, log_folder, split_folders
-from infra import image_cache
+from images import cache, folders
+from images.cache import ImageFile
+from images.textures import make_textures
 from infra.console import log
 from infra.device import generator
 from infra.distributed import main_process_first
 from infra.errors import RunError, UsageError
 from infra.files import checksum
-from infra.image_cache import ImageFile, subset
 
 
 class ImageSet(NamedTuple):
@@ -24,61 +23,69 @@ class ImageSet(NamedTuple):
     images: torch.Tensor  # uint8 (N, 3, H, W), or an ImageFile
     labels: torch.Tensor | None  # int64 (N,); None if the images have no classes
     class_names: list
-
-
-class Split(NamedTuple):
-    """A split of a run, and what its rows are."""
-
-    image_set: ImageSet
-    rows: list | torch.Tensor | None  # folder: paths relative to data_dir; else indices in the data set, None if it is whole
+    # What the rows are: of a folder {"paths": list of str, relative to data_dir}; of a part of
+    # another data set {"indices": int64 (N,)}; of the whole {}.
+    source: dict = {}  # noqa: RUF012, it is never changed
 
 
 def load_images(name, root, train, image_size=32, labels=None):
-    """Return one split of a data set as an ImageSet, or None for the test split of a `folder` without one.
+    """Return one split of a data set as an ImageSet; None if a `folder` has no test split.
 
-    name: a key of DATASETS. root: the folder with the files; cifar10 and cifar100 are downloaded into it once. image_size,
-    the height and width in pixels, and labels, a CSV file (see read_labels), are for `folder` only.
-    Raises UsageError if the data is not there or image_size does not fit, RunError if too many images are unreadable (see
-    read_images).
+    name: a key of DATASETS. root: the folder with the files; cifar10 and cifar100 are downloaded
+    into it once. image_size, the height and width in pixels, and labels, a CSV file (see
+    folders.read_labels), are for `folder` only. Raises UsageError if the data is not there or
+    image_size does not fit, RunError if too many images are unreadable (see read_images).
     """
     if name not in DATASETS:
         raise UsageError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
     if name == "folder":
         return load_folder(Path(root), train, image_size, labels)
     if image_size != 32:
-        raise UsageError(f"image_size {image_size}: the images of {name} are 32 pixels wide; only folder is resized")
+        raise UsageError(
+            f"image_size {image_size}: the images of {name} are 32 pixels wide; only folder is "
+            f"resized"
+        )
     if labels:
-        raise UsageError(f"labels {labels}: {name} has its own; only the images of folder can be given others")
+        raise UsageError(
+            f"labels {labels}: {name} has its own; only the images of folder can be given others"
+        )
     return DATASETS[name](Path(root), train)
 
 
 def load_textures(root, train):
-    """Return 4,000 training or 1,000 test images of textures, always the same; root is not used."""
-    return ImageSet(*textures.make_textures(4000 if train else 1000, generator(0, "textures", epoch=int(train))))
+    """Return 4,000 training or 1,000 test images, always the same; root is not used."""
+    n = 4000 if train else 1000
+    return ImageSet(*make_textures(n, generator(0, "textures", epoch=int(train))))
 
 
 def load_cifar(root, train, name):
-    """Return a split of CIFAR-10 or CIFAR-100. torchvision downloads it into `root` unless it is there."""
-    dataset_class = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    """Return a split of CIFAR-10 or CIFAR-100, which torchvision downloads unless it is there."""
+    classes = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+    dataset_class = classes[name]
 
     def read():
         try:
             dataset = dataset_class(root, train=train, download=True)
         except (OSError, RuntimeError) as error:
             raise UsageError(
-                f"{name} is not in {root} and can't be downloaded ({error}). Put {dataset_class.filename} "
-                f"(md5 {dataset_class.tgz_md5}) into {root}, or work offline with --dataset textures or with images of "
-                f"your own: --dataset folder --data_dir DIR"
+                f"{name} is not in {root} and can't be downloaded ({error}). Put "
+                f"{dataset_class.filename} (md5 {dataset_class.tgz_md5}) into {root}, or work "
+                f"offline with --dataset textures or with images of your own: --dataset folder "
+                f"--data_dir DIR"
             ) from error
-        images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # (N, 32, 32, 3) -> (N, 3, 32, 32)
-        return {"images": images, "labels": torch.tensor(dataset.targets), "class_names": list(dataset.classes)}
+        images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
+        return {
+            "images": images.contiguous(),
+            "labels": torch.tensor(dataset.targets),
+            "class_names": list(dataset.classes),
+        }
 
     folder = root / dataset_class.base_folder
     with main_process_first():
         first = None if folder.is_dir() else read()
         split = f"{name}-{'train' if train else 'test'}"
         try:
-            content = image_cache.cached(split, folder, sorted(folder.iterdir()), lambda: first or read())
+            content = cache.cached(split, folder, sorted(folder.iterdir()), lambda: first or read())
         except OSError as error:
             log.warning(f"the decoded images are not kept for the next time: {error}")
             content = first or read()
@@ -86,37 +93,37 @@ def load_cifar(root, train, name):
 
 
 def load_folder(root, train, image_size=32, labels=None):
-    """Return the images below `root` as read_folder does, without their paths."""
-    split = read_folder(root, train, image_size, labels)
-    return split and split.image_set
+    """Return the images below `root` as an ImageSet, None for a test split that is not there.
 
-
-def read_folder(root, train, image_size=32, labels=None):
-    """Return the images below `root` as a Split: train/<class>/* and test/<class>/*, or any tree of images without labels.
-
-    Without train/, all images below root are the training split. Without test/, val/ is the test split; without both it is
-    None. The class folders are the classes, unless `labels` is given (see read_labels). There are no labels if there are fewer
-    than two class folders, or images beside them. Files that can't be read are left out, with a warning.
+    They are train/<class>/* and test/<class>/*, or any tree of images without labels. Without
+    train/, all images below root are the training split. Without test/, val/ is the test split.
+    The class folders are the classes, unless `labels` is given (see folders.read_labels). There
+    are no labels if there are fewer than two class folders, or images beside them. Files that
+    can't be read are left out, with a warning.
     """
-    train_root, test_root = split_folders(root)
+    train_root, test_root = folders.split_folders(root)
     folder = train_root if train else test_root
     if folder is None:
         return None
-    paths = find_images(folder)
-    names = {path: path.relative_to(folder).parts[0] for path in paths}
-    class_names = [] if train_root == root else class_folders(paths if train else find_images(train_root), train_root)
+    paths = folders.find_images(folder)
     if labels:
-        names, class_names = labels_from_file(labels, paths, root)
+        names, class_names = folders.labels_from_file(labels, paths, root)
+    else:
+        names = {path: path.relative_to(folder).parts[0] for path in paths}
+        train_paths = paths if train else folders.find_images(train_root)
+        class_names = [] if train_root == root else folders.class_folders(train_paths, train_root)
     unknown = sorted(set(names.values()) - set(class_names))
     if class_names and unknown:
-        raise UsageError(f"{folder / unknown[0]} is not one of the {len(class_names)} class folders of {train_root}")
-
+        raise UsageError(
+            f"{folder / unknown[0]} is not one of the {len(class_names)} class folders of "
+            f"{train_root}"
+        )
     images, readable = read_images(paths, folder, image_size)
-    rows = [str(paths[i].relative_to(root)) for i in readable.tolist()]
+    source = {"paths": [str(paths[i].relative_to(root)) for i in readable.tolist()]}
     if not class_names:
-        return Split(ImageSet(images, None, []), rows)
-    labels = torch.tensor([class_names.index(names[path]) for path in paths])[readable]
-    return Split(ImageSet(images, labels, class_names), rows)
+        return ImageSet(images, None, [], source)
+    labels = torch.tensor([class_names.index(names[path]) for path in paths])
+    return ImageSet(images, labels[readable], class_names, source)
 
 
 # name: function of (root, train) that returns an ImageSet
@@ -129,28 +136,30 @@ DATASETS = {
 
 
 def read_images(paths, folder, image_size):
-    """Return (images, readable): uint8 (M, 3, image_size, image_size), and the M indices into paths of the readable files.
+    """Return the images of the readable files, and the indices of these files in paths.
 
-    The others are named in a warning. Raises RunError if they are more than one and more than 1 in 100, or half of all.
+    They are uint8 (M, 3, image_size, image_size) and int64 (M,). The other files are named in a
+    warning. Raises RunError if they are more than one and more than 1 in 100, or half of all.
     """
-    decode = partial(image_cache.decode_once, folder=folder) if len(paths) >= image_cache.MANY else image_cache.decode_in_memory
-    content = decode(paths, image_size=image_size)
+    content = cache.decode(paths, folder, image_size)
     bad = content["failures"]
     if len(bad) > max(1, len(paths) / 100) or 2 * len(bad) >= len(paths):
-        raise RunError(f"{len(bad)} of {len(paths)} images in {folder} can't be read, too many to leave out (1, or 1 in 100): "
-                       f"{', '.join(bad[:5])}")  # fmt: skip
+        raise RunError(
+            f"{len(bad)} of {len(paths)} images in {folder} can't be read, too many to leave out "
+            f"(1, or 1 in 100): {', '.join(bad[:5])}"
+        )
     if bad:
-        log.warning(f"left out {len(bad)} of {len(paths)} images that can't be read: {', '.join(bad)}")
+        log.warning(
+            f"left out {len(bad)} of {len(paths)} images that can't be read: {', '.join(bad)}"
+        )
     return content["images"], content["readable"]
 
 
 def balanced_subset(labels, n_images, n, generator):
-    """Return the sorted indices of n random images out of n_images, as equally many of each class as possible.
+    """Return the sorted indices of n random images, or of all if they are fewer: int64 (n,).
 
-    labels: int64 (n_images,) or None. Raises UsageError if n is greater than n_images.
+    They are as equally many of each class as possible. labels: int64 (n_images,) or None.
     """
-    if n > n_images:
-        raise UsageError(f"n_images {n} is more than the {n_images} training images")
     order = torch.randperm(n_images, generator=generator)
     if labels is not None:
         shuffled = labels[order]
@@ -162,123 +171,132 @@ def balanced_subset(labels, n_images, n, generator):
     return order[:n].sort().values
 
 
-class Images:
-    """The images of a run: images["train"] and images["test"], an ImageSet or None. They are read when first used.
+def sample(image_set, n, seed, purpose):
+    """Return n random images of an ImageSet, or all: always the same, balanced by class."""
+    rng = generator(seed, purpose)
+    return select(image_set, balanced_subset(image_set.labels, len(image_set.images), n, rng))
 
-    hp: the Hparams of the run. expected: the fingerprints of the images that the run was trained on, or None. Reading raises
-    UsageError if the images have other fingerprints, and the errors of load_images.
+
+def select(image_set, index):
+    """Return the images of an ImageSet with these indices, int64 (n,)."""
+    images, labels, class_names, source = image_set
+    labels = None if labels is None else labels[index]
+    if "paths" in source:
+        source = {"paths": [source["paths"][i] for i in index.tolist()]}
+    else:
+        source = {"indices": source["indices"][index] if source else index}
+    return ImageSet(cache.subset(images, index), labels, class_names, source)
+
+
+class Images:
+    """The images of a run: images["train"] and images["test"], an ImageSet or None.
+
+    They are read when first used. hp: the Hparams of the run. expected: the fingerprints of the
+    images that the run was trained on, or None. Reading raises UsageError if the images have other
+    fingerprints, and the errors of load_images.
     """
 
     def __init__(self, hp, expected=None):
-        self.hp, self.expected = hp, expected
+        self.hp = hp
+        self.expected = expected
 
     def __getitem__(self, split):
-        found = self.loaded[0][split]
-        return found and found.image_set
-
-    def rows(self, split):
-        """Return what the rows of a split are: {"paths": a list of str, relative to data_dir} of a folder, else {"indices":
-        int64 (N,), in the data set} of a part of it, {} of all."""
-        rows = self.loaded[0][split].rows
-        return {} if rows is None else {"paths" if isinstance(rows, list) else "indices": rows}
+        return self._splits[split]
 
     @property
     def fingerprints(self):
-        """What a checkpoint keeps of the data: a checksum of each split (None if there is none) and the class names."""
-        return self.loaded[1]
+        """What a checkpoint keeps of the data: a checksum of each split, and the class names."""
+        return self.expected or fingerprints_of(**self._splits)
 
     @cached_property
-    def loaded(self):
-        hp = self.hp
-        log.info(f"* Loading {hp.dataset}")
-        # Earlier versions took no other images in the place of test/: a run that they trained goes on without test images.
+    def _splits(self):
+        log.info(f"* Loading {self.hp.dataset}")
+        # Runs from before val/ and held-out splits were supported have no test split: keep it so.
         stand_in = not self.expected or self.expected["test"] is not None
-        splits = load_splits(hp, stand_in)
-        train_set, test_set = (split and split.image_set for split in splits)
-        class_names, n_test = train_set.class_names, len(test_set.images) if test_set else 0
-        found = {"train": fingerprint(train_set), "test": test_set and fingerprint(test_set), "class_names": class_names}
-        if self.expected not in (None, found):
-            raise UsageError(f"the images of {hp.dataset} in {hp.data_dir} are not those that this run was trained on (or "
-                             f"another version of Pillow decodes them otherwise, or its checkpoints are another run's): bring "
-                             f"them back, or train under a new --exp_name")  # fmt: skip
-        log.info(f"* Images: {len(train_set.images)} train, {n_test} test, {len(class_names)} classes")
-        missing = why_no_probe(class_names, test_set)
+        train, test = load_splits(self.hp, stand_in)
+        if self.expected and fingerprints_of(train, test) != self.expected:
+            raise UsageError(
+                f"the images of {self.hp.dataset} in {self.hp.data_dir} are not those that this "
+                f"run was trained on (or another version of Pillow decodes them otherwise, or its "
+                f"checkpoints are another run's): bring them back, or train under a new --exp_name"
+            )
+        n_test = len(test.images) if test else 0
+        n_classes = len(train.class_names)
+        log.info(f"* Images: {len(train.images)} train, {n_test} test, {n_classes} classes")
+        missing = why_no_probe(train.class_names, test)
         if missing:
             log.info(f"* There will be no linear probe: {missing}")
-        return dict(zip(("train", "test"), splits, strict=True)), found
+        return {"train": train, "test": test}
 
 
 def load_splits(hp, stand_in=True):
-    """Return the training and the test Split of a run. Raises UsageError if they do not fit its settings.
+    """Return the training and the test ImageSet of a run; the second may be None.
 
-    stand_in: val/, or else a part of the labelled training images, stands in for a missing test split.
+    stand_in: val/, or else a part of the labelled training images, stands in for a missing test
+    split. Raises UsageError if they do not fit the settings.
     """
-    if hp.dataset == "folder":
-        log_folder(Path(hp.data_dir), hp.labels)
-    train, test = load_split(hp, True), load_split(hp, False)
-    is_val = test is not None and hp.dataset == "folder" and not Path(hp.data_dir, "test").is_dir()
+    is_folder = hp.dataset == "folder"
+    if is_folder:
+        folders.log_folder(Path(hp.data_dir), hp.labels)
+    load = partial(load_images, hp.dataset, hp.data_dir)
+    train = load(True, hp.image_size, hp.labels)
+    test = load(False, hp.image_size, hp.labels)
+    is_val = is_folder and test is not None and not Path(hp.data_dir, "test").is_dir()
     if is_val and not stand_in:
         test = None
     elif is_val:
         log.info("* No test/ folder: val/ is the test split")
-    elif stand_in and test is None and train.image_set.labels is not None:
+    elif stand_in and test is None and train.labels is not None:
         train, test = hold_out(train, generator(hp.seed, "held-out test"))
+    n = len(train.images)
+    if hp.n_images and hp.n_images > n:
+        raise UsageError(f"n_images {hp.n_images} is more than the {n} training images")
     if hp.n_images:
-        labels, n = train.image_set.labels, len(train.image_set.images)
-        train = select(train, balanced_subset(labels, n, hp.n_images, generator(hp.seed, "subset")))
-    n = len(train.image_set.images)
+        train = sample(train, hp.n_images, hp.seed, "subset")
+        n = hp.n_images
     if hp.n_epochs > 0 and n < hp.bs:
         raise UsageError(f"bs {hp.bs} is more than the {n} training images: lower bs")
     return train, test
 
 
-def load_split(hp, train):
-    """Return the training or the test Split of a run, None for a test split that is not there."""
-    if hp.dataset == "folder":
-        return read_folder(Path(hp.data_dir), train, hp.image_size, hp.labels)
-    image_set = load_images(hp.dataset, hp.data_dir, train, hp.image_size, hp.labels)
-    return image_set and Split(image_set, None)
+def hold_out(image_set, generator):
+    """Return (rest, held out), two parts of a labelled ImageSet.
 
-
-def hold_out(split, generator):
-    """Return (rest, held out), two parts of a labelled Split: of each class a random tenth of the images is held out, at least
-    one, and none of a class of one image. The second is None if there are no others."""
-    labels = split.image_set.labels
+    Of each class a random tenth of the images is held out, at least one, and none of a class of
+    one image. The second is None if there are no others.
+    """
+    labels = image_set.labels
     is_held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
         n = min(max(1, len(members) // 10), len(members) - 1)
         is_held[members[torch.randperm(len(members), generator=generator)[:n]]] = True
     if not is_held.any():
-        return split, None
-    log.info(f"* No test/ folder: a tenth of the images of each class, at least one, is held out for the linear probe: "
-             f"{int(is_held.sum())} of {len(labels)}")  # fmt: skip
-    return select(split, (~is_held).nonzero().flatten()), select(split, is_held.nonzero().flatten())
+        return image_set, None
+    log.info(
+        f"* No test/ folder: a tenth of the images of each class, at least one, is held out for "
+        f"the linear probe: {int(is_held.sum())} of {len(labels)}"
+    )
+    rest = select(image_set, (~is_held).nonzero().flatten())
+    return rest, select(image_set, is_held.nonzero().flatten())
 
 
-def select(split, index):
-    """Return the part of a Split with these indices, int64 (n,)."""
-    image_set, rows = split
-    chosen = [rows[i] for i in index.tolist()] if isinstance(rows, list) else index if rows is None else rows[index]
-    return Split(subset_at(image_set, index), chosen)
-
-
-def subset_at(image_set, index):
-    """Return the images of an ImageSet with these indices, int64 (n,)."""
-    labels = None if image_set.labels is None else image_set.labels[index]
-    return image_set._replace(images=subset(image_set.images, index), labels=labels)
-
-
-def subset_of(image_set, n, generator):
-    """Return a class-balanced random subset of n images of an ImageSet."""
-    return subset_at(image_set, balanced_subset(image_set.labels, len(image_set.images), n, generator))
+def fingerprints_of(train, test):
+    """Return the checksums of two ImageSets, None for one that is None, and the class names."""
+    return {
+        "train": fingerprint(train),
+        "test": fingerprint(test) if test else None,
+        "class_names": train.class_names,
+    }
 
 
 def fingerprint(image_set):
     """Return a checksum of the images and their labels."""
-    images, labels, _ = image_set
-    digests = images.digests if isinstance(images, ImageFile) else images  # reading a large file would take minutes
-    return checksum(*(tensor for tensor in (digests, labels) if tensor is not None))
+    images = image_set.images
+    if isinstance(images, ImageFile):
+        images = images.digests  # reading a large file would take minutes
+    tensors = [images] if image_set.labels is None else [images, image_set.labels]
+    return checksum(*tensors)
 
 
 def why_no_probe(class_names, has_test):

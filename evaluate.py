@@ -1,6 +1,5 @@
-"""Stage 3: measure the representation, by a linear probe and by nearest neighbours."""
+"""Stage 3: how good is the representation? Linear probe, nearest neighbours, signs of collapse."""
 
-import collections
 import functools
 import math
 import time
@@ -10,13 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from infra.console import log_stage, progress
+from data import sample
+from encode import Output, encode
+from images.cache import on_device
+from infra import distributed
+from infra.console import log, log_stage, progress
 from infra.device import generator, to_device
 from infra.errors import RunError
 
-PROBE_LR = 0.0075  # where too few images are there to choose one of LRS
-MOST_CLASSES = 200  # for a confusion matrix in the result; of 1,000 it has a million numbers
+PROBE_LR = 0.0075  # where there are too few images to choose one of LRS
 LRS = (0.00075, 0.0025, PROBE_LR, 0.025, 0.075, 0.25)
+MOST_CLASSES = 200  # for a confusion matrix in the result; of 1,000 it has a million numbers
+FEW_DIMENSIONS = 5  # effective rank; trained encoders have 50 to 300 of 256 to 1,024 dimensions
+NO_SPREAD = -0.005  # uniformity; of a collapsed projection it is -0.00, trained ones have -0.7
 
 
 class Fit(NamedTuple):
@@ -27,89 +32,123 @@ class Fit(NamedTuple):
     bs: int = 100
     weight_decay: float = 5e-5
     seed: int = 0
-    bf16: bool = False  # the two matrix products of a step in bfloat16; weights and scores stay in float32
-    standardize: bool = False  # shift and scale each dimension by its mean and deviation over the training rows
+    bf16: bool = False  # the matrix products of a step; weights and scores stay in float32
+    standardize: bool = False  # each dimension by its mean and deviation over the training rows
 
 
-def no_bar(epochs, title):
+DEFAULT_FIT = Fit()
+
+
+def no_progress(epochs, title):
+    """Return the epochs as they are."""
     return epochs
 
 
-def linear_probe(x, y, x_test, y_test, n_classes, fit=Fit(), progress=no_bar):  # noqa: B008, a tuple does not change
-    """Fit a linear layer to x (N, d), y (N,) and score it on all rows of x_test (M, d), y_test (M,) after each epoch.
+def linear_probe(x, y, x_test, y_test, n_classes, fit=DEFAULT_FIT, progress=no_progress):
+    """Fit a linear layer to x (N, d), y (N,) and score it on x_test (M, d), y_test (M,).
 
-    x float32, y int64, all on one device. fit: a Fit. If fit.lr is None, all of LRS are tried at once on nine tenths of x, the
-    best on the last tenth is taken, and the layer is fitted to all of x. progress(epochs, title) wraps
-    the sequence of epochs.
-    Returns (result, layer). result: top1 and top5 of the last epoch, in percent, and train_top1, of x itself; best_top1 and
-    best_epoch (from 0), chosen on the test set and therefore no fair estimate; per_epoch, a list of [top1, top5];
-    confusion, confusion_matrix of the last epoch as a list of lists; lr; and held_out, {lr: top-1 on the tenth}, empty if there
-    was no choice.
+    x float32, y int64, all on one device. fit: a Fit. If fit.lr is None, all of LRS are tried at
+    once on nine tenths of x, the best on the last tenth is taken, and the layer is fitted to all of
+    x. progress(epochs, title) wraps the sequence of epochs.
+    Returns (result, layer). result: top1 and top5 of the last epoch, in percent, and train_top1, of
+    x itself; best_top1 and best_epoch (from 0), chosen on the test set and therefore no fair
+    estimate; per_epoch, a list of [top1, top5]; confusion, confusion_matrix of the last epoch as a
+    list of lists; lr; and held_out, {lr: top-1 on the tenth}, empty if there was no choice.
     """
     if fit.standardize:
-        mean, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-6).reciprocal()
-        x, x_test = (x - mean) * scale, (x_test - mean) * scale
-    lr, held_out = fit.lr, {}
+        mean = x.mean(0)
+        scale = x.std(0, correction=0).clamp(min=1e-6).reciprocal()
+        x = (x - mean) * scale
+        x_test = (x_test - mean) * scale
+    lr = fit.lr
+    held_out = {}
     if lr is None and len(x) < 10:
         lr = PROBE_LR
     if lr is None:
         lr, held_out = choose_lr(x, y, n_classes, fit, progress)
+
     per_epoch = []
-    for (layer,) in softmax_regressions(x, y, [lr], n_classes, fit, progress(range(fit.n_epochs), "linear probe")):
+    epochs = progress(range(fit.n_epochs), "linear probe")
+    for (layer,) in softmax_regressions(x, y, [lr], n_classes, fit, epochs):
         per_epoch.append(accuracy(layer, x_test, y_test))
-    best_epoch = max(range(fit.n_epochs), key=lambda epoch: per_epoch[epoch][0])
     top1, top5 = per_epoch[-1]
-    confusion = confusion_matrix(y_test, ranked(layer, x_test)[:, 0], n_classes).tolist()
-    best = {"train_top1": accuracy(layer, x, y)[0], "best_top1": per_epoch[best_epoch][0], "best_epoch": best_epoch}
+    best_epoch = max(range(fit.n_epochs), key=lambda epoch: per_epoch[epoch][0])
+    predicted = ranked(layer, x_test)[:, 0]
+    result = {
+        "top1": top1,
+        "top5": top5,
+        "train_top1": accuracy(layer, x, y)[0],
+        "best_top1": per_epoch[best_epoch][0],
+        "best_epoch": best_epoch,
+        "per_epoch": per_epoch,
+        "confusion": confusion_matrix(y_test, predicted, n_classes).tolist(),
+        "lr": lr,
+        "held_out": held_out,
+    }
     if fit.standardize:  # the layer takes x as it was given
         weight = layer.weight * scale
         layer = linear(weight, layer.bias - weight @ mean)
-    result = {"top1": top1, "top5": top5, **best, "per_epoch": per_epoch, "confusion": confusion, "lr": lr, "held_out": held_out}
     return result, layer
 
 
 def choose_lr(x, y, n_classes, fit, progress):
-    """Return the best of LRS on a tenth of x that the fit does not see, and {lr: top-1 on the tenth}."""
-    order = to_device(torch.randperm(len(x), generator=generator(fit.seed, "held-out")), x.device)
-    tenth, rest = order.split([len(x) // 10, len(x) - len(x) // 10])
+    """Return the best of LRS on a tenth of x that the fit does not see, and {lr: its top-1}."""
+    order = torch.randperm(len(x), generator=generator(fit.seed, "held-out"))
+    n = len(x) // 10
+    tenth, rest = to_device(order, x.device).split([n, len(x) - n])
     epochs = progress(range(fit.n_epochs), "linear probe, choice of its rate")
-    (layers,) = collections.deque(softmax_regressions(x[rest], y[rest], LRS, n_classes, fit, epochs), maxlen=1)  # the last
-    held_out = {rate: accuracy(layer, x[tenth], y[tenth])[0] for rate, layer in zip(LRS, layers, strict=True)}
-    return max(LRS, key=lambda rate: (held_out[rate], -abs(math.log(rate / PROBE_LR)))), held_out  # ties: nearest to PROBE_LR
+    regressions = softmax_regressions(x[rest], y[rest], LRS, n_classes, fit, epochs)
+    for layers in regressions:  # noqa: B007, those of the last epoch count
+        pass
+    scores = {
+        lr: accuracy(layer, x[tenth], y[tenth])[0] for lr, layer in zip(LRS, layers, strict=True)
+    }
+    ties = [lr for lr in LRS if scores[lr] == max(scores.values())]
+    return min(ties, key=lambda lr: abs(math.log(lr / PROBE_LR))), scores
 
 
 @torch.no_grad()
 def softmax_regressions(x, y, lrs, n_classes, fit, epochs):
     """Fit a linear layer for each of the L learning rates, all at once, as rows of one matrix.
 
-    The arguments are those of linear_probe. epochs: range(fit.n_epochs). After each one, yields the layers (nn.Linear) in the
-    order of lrs.
+    The arguments are those of linear_probe. epochs: range(fit.n_epochs). After each one, yields the
+    layers (nn.Linear) in the order of lrs.
     """
-    L, C, d = len(lrs), n_classes, x.shape[1]
-    x = F.pad(x.bfloat16() if fit.bf16 else x, (0, 1), value=1.0)  # (N, d + 1): the last column multiplies the bias
+    L = len(lrs)
+    C = n_classes
+    d = x.shape[1]
+    x = F.pad(x.bfloat16() if fit.bf16 else x, (0, 1), value=1.0)  # (N, d + 1): 1 times the bias
     W = torch.zeros(L * C, d + 1, device=x.device)  # convex, so zeros are a good start
     momentum = torch.zeros_like(W)
-    rates, target = torch.tensor(lrs).repeat_interleave(C)[:, None], F.one_hot(y, C).float()
-    rows, errors = torch.empty_like(x[: fit.bs]), x.new_empty(fit.bs, L, C)
+    rates = torch.tensor(lrs).repeat_interleave(C)[:, None]  # (L C, 1)
+    one_hot = F.one_hot(y, C).float()  # (N, C)
+    batch_buffer = torch.empty_like(x[: fit.bs])
+    error_buffer = x.new_empty(fit.bs, L, C)
     for epoch in epochs:
-        step = to_device(-rates / 2 * (1 + math.cos(math.pi * epoch / fit.n_epochs)), x.device)  # (L C, 1)
-        order = to_device(torch.randperm(len(x), generator=generator(fit.seed, "probe", epoch)), x.device)
-        targets = target[order, None].split(fit.bs)  # (bs, 1, C) each
-        for batch, batch_target in zip(order.split(fit.bs), targets, strict=True):
-            # The gradient of softmax regression, written out: autograd and torch.optim take 2x as long for so little work.
-            n, weight = len(batch), W.to(x.dtype)
-            batch_x = torch.index_select(x, 0, batch, out=rows[:n])  # (n, d + 1)
-            p = (batch_x @ weight.T).unflatten(1, (L, C)).softmax(2, dtype=torch.float32)
-            error = torch.sub(p, batch_target, out=errors[:n]).flatten(1)  # (n, L C)
-            gradient = torch.addmm(weight, error.T, batch_x, beta=n * fit.weight_decay)  # n times that of the mean
+        cosine = (1 + math.cos(math.pi * epoch / fit.n_epochs)) / 2
+        minus_lr = to_device(-rates * cosine, x.device)  # (L C, 1)
+        order = torch.randperm(len(x), generator=generator(fit.seed, "probe", epoch))
+        order = to_device(order, x.device)
+        targets = one_hot[order, None].split(fit.bs)  # (bs, 1, C) each
+        for index, target in zip(order.split(fit.bs), targets, strict=True):
+            # The gradient of softmax regression, written out: autograd and torch.optim take 2x as
+            # long for so little work.
+            n = len(index)
+            weight = W.to(x.dtype)
+            batch = torch.index_select(x, 0, index, out=batch_buffer[:n])  # (n, d + 1)
+            p = (batch @ weight.T).unflatten(1, (L, C)).softmax(2, dtype=torch.float32)
+            error = torch.sub(p, target, out=error_buffer[:n]).flatten(1)  # (n, L C)
+            # n times the gradient of the mean
+            gradient = torch.addmm(weight, error.T, batch, beta=n * fit.weight_decay)
             momentum.mul_(0.9).add_(gradient, alpha=1 / n)
-            W.addcmul_(momentum, step)
+            W.addcmul_(momentum, minus_lr)
         yield [linear(weight[:, :-1], weight[:, -1]) for weight in W.split(C)]
 
 
 def linear(weight, bias):
     """Return an nn.Linear with this weight (C, d) and bias (C,)."""
-    layer = nn.utils.skip_init(nn.Linear, *weight.T.shape, device=weight.device).requires_grad_(False)
+    C, d = weight.shape
+    layer = nn.utils.skip_init(nn.Linear, d, C, device=weight.device).requires_grad_(False)
     layer.load_state_dict({"weight": weight, "bias": bias})
     return layer
 
@@ -128,53 +167,203 @@ def accuracy(layer, x, y):
 
 
 def confusion_matrix(truth, predicted, n_classes):
-    """Return int64 (n_classes, n_classes): how many images of a class, the row, were taken for a class, the column."""
+    """Return int64 (C, C): how many images of a class, the row, were taken for another, the column.
+
+    truth, predicted: int64 (M,).
+    """
     pairs = (truth * n_classes + predicted).cpu()
     return torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)
 
 
 def per_class(confusion, class_names):
-    """Return {class name: top-1 in percent} of a confusion matrix, a list of lists; None for a class without test images."""
-    totals = [sum(row) for row in confusion]
-    return {name: 100 * row[i] / n if n else None
-            for i, (name, row, n) in enumerate(zip(class_names, confusion, totals, strict=True))}  # fmt: skip
+    """Return {class name: top-1 in percent}; None for a class without test images.
+
+    confusion: a confusion_matrix as a list of lists.
+    """
+    accuracies = {}
+    for i, name in enumerate(class_names):
+        n = sum(confusion[i])
+        accuracies[name] = 100 * confusion[i][i] / n if n else None
+    return accuracies
 
 
 @torch.no_grad()
 def knn(x, y, x_test, y_test, n_classes, k=20, temperature=0.07, chunk=1000):
-    """Return the top-1 accuracy, in percent, of the k nearest neighbours by cosine; each votes with exp(cosine / temperature).
+    """Return the top-1 accuracy, in percent, of the k nearest neighbours by cosine.
 
-    x float32 (N, d), y int64 (N,), x_test (M, d), y_test (M,), all on one device. If N is less than k, all of x vote.
+    Each votes with exp(cosine / temperature). x float32 (N, d), y int64 (N,), x_test (M, d), y_test
+    (M,), all on one device. If N is less than k, all of x vote.
     Source: the weighted kNN of arXiv 1805.01978, section 3.4.
     """
-    x, votes = F.normalize(x, dim=1), F.one_hot(y, n_classes).to(x.dtype)
+    x = F.normalize(x, dim=1)
+    votes = F.one_hot(y, n_classes).to(x.dtype)  # (N, C)
+    queries = F.normalize(x_test, dim=1).split(chunk)
     hits = 0
-    for queries, truth in zip(F.normalize(x_test, dim=1).split(chunk), y_test.split(chunk), strict=True):
-        cosine, neighbour = (queries @ x.T).topk(min(k, len(x)))  # (chunk, k)
+    for query, truth in zip(queries, y_test.split(chunk), strict=True):
+        cosine, neighbour = (query @ x.T).topk(min(k, len(x)))  # (chunk, k)
         score = torch.einsum("qk,qkc->qc", (cosine / temperature).exp(), votes[neighbour])
         hits += (score.argmax(1) == truth).sum()
     return 100 * hits.item() / len(x_test)
 
 
-# Accuracies in addition to the probe's. name: (title, function of (x, y, x_test, y_test, n_classes) -> top-1 in percent)
+# Accuracies in addition to the probe's.
+# name: (title, function of (x, y, x_test, y_test, n_classes) -> top-1 in percent)
 METRICS = {"knn_top1": ("20-NN", knn)}
 
 
-def fit_probe(hp, run, encoded, class_names, device, bf16):
-    """Stage 3: return what probe.pt holds: weight (C, d) and bias (C,) of the linear classifier, class_names, and result."""
+def fit_probe(run, encoded):
+    """Stage 3: return what probe.pt holds: weight (C, d), bias (C,), class_names and result.
+
+    encoded: {split: what encode_split returned}.
+    """
     log_stage("Fitting a linear classifier")
+    hp = run.hp
+    class_names = run.fingerprints["class_names"]
+    n_classes = len(class_names)
     run.journal.begin("probe")
     start = time.monotonic()
-    tensors = [encoded[split][name].to(device) for split in ("train", "test") for name in ("embeddings", "labels")]
-    fit = Fit(hp.eval_lr, hp.n_eval_epochs, seed=hp.seed, bf16=bf16, standardize=hp.standardize)
+    x, y, x_test, y_test = tensors_of(encoded, run.device)
+    fit = Fit(hp.eval_lr, hp.n_eval_epochs, seed=hp.seed, bf16=run.bf16, standardize=hp.standardize)
     bar = functools.partial(progress, every=hp.print_freq, unit="epochs")
-    result, layer = linear_probe(*tensors, len(class_names), fit, bar)
+    result, layer = linear_probe(x, y, x_test, y_test, n_classes, fit, bar)
     if not layer.weight.isfinite().all():
-        raise RunError(f"the weights of the linear probe are not finite with eval_lr {result['lr']:g}: lower eval_lr in "
-                       f"hparams.yaml, then resume")  # fmt: skip
+        raise RunError(
+            f"the weights of the linear probe are not finite with eval_lr {result['lr']:g}: lower "
+            f"eval_lr in hparams.yaml, then resume"
+        )
     result["per_class"] = per_class(result["confusion"], class_names)
-    if len(class_names) > MOST_CLASSES:
+    if n_classes > MOST_CLASSES:
         del result["confusion"]
-    result |= {name: metric(*tensors, len(class_names)) for name, (_, metric) in METRICS.items()}
-    result |= {"n_train": len(tensors[0]), "n_test": len(tensors[2]), "seconds": time.monotonic() - start}
+    for name, (_, metric) in METRICS.items():
+        result[name] = metric(x, y, x_test, y_test, n_classes)
+    result |= {"n_train": len(x), "n_test": len(x_test), "seconds": time.monotonic() - start}
     return {**layer.state_dict(), "class_names": class_names, "result": result}
+
+
+def tensors_of(encoded, device):
+    """Return (x, y, x_test, y_test) on the device: embeddings and labels of the two splits."""
+    x, y, x_test, y_test = (
+        encoded[split][name].to(device)
+        for split in ("train", "test")
+        for name in ("embeddings", "labels")
+    )
+    return x, y, x_test, y_test
+
+
+def effective_rank(x):
+    """Return the effective rank of x (N, d): exp of the entropy of its normalised singular values.
+
+    1 if all rows are multiples of one, at most min(N, d). In float64.
+    Source: RankMe, arXiv 2210.02885, equations 1 and 2.
+    """
+    x = x.double()
+    N, d = x.shape
+    gram = x @ x.T if N <= d else x.T @ x  # its eigenvalues are the squares of the singular values
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    p = values / values.sum().clamp(min=1e-300)
+    return float(torch.special.entr(p).sum().exp())
+
+
+def alignment(z):
+    """Return the mean squared distance between two views of an image, of unit vectors z (N, V, d).
+
+    V >= 2. 0 if all views of an image are the same, at most 4.
+    Source: arXiv 2005.10242, equation 4 with alpha 2.
+    """
+    N, V, _ = z.shape
+    similarity = torch.einsum("nvd,nwd->nvw", z, z)  # (N, V, V)
+    same = similarity.diagonal(dim1=1, dim2=2).sum()
+    return float(2 - 2 * (similarity.sum() - same) / (N * V * (V - 1)))
+
+
+def uniformity(z):
+    """Return the log of the mean of exp(-2 squared distance) between rows of unit vectors z (N, d).
+
+    0 if all rows are the same, or there is one; about -4 if they are spread evenly over the sphere.
+    Source: arXiv 2005.10242, equation 5 with t 2.
+    """
+    return float(F.pdist(z).square().mul(-2).exp().mean().log()) if len(z) > 1 else 0.0
+
+
+def collapse_metrics(embeddings, z):
+    """Return {"rank", "alignment", "uniformity"}.
+
+    embeddings: (N, d). z: (N, V, d), the projections of their views.
+    """
+    z = F.normalize(z.float(), dim=2)
+    return {
+        "rank": effective_rank(embeddings),
+        "alignment": alignment(z),
+        "uniformity": uniformity(z[:, 0]),
+    }
+
+
+def collapse_text(metrics):
+    """Return collapse_metrics as the log shows them."""
+    return (
+        f"rank {metrics['rank']:.1f} alignment {metrics['alignment']:.3f} "
+        f"uniformity {metrics['uniformity']:.2f}"
+    )
+
+
+def collapse_warning(metrics):
+    """Return what to do if the representations or projections have collapsed, "" if not."""
+    if metrics["rank"] >= FEW_DIMENSIONS and metrics["uniformity"] <= NO_SPREAD:
+        return ""
+    return (
+        f"collapsed (rank below {FEW_DIMENSIONS}, or uniformity above {NO_SPREAD}): if it stays "
+        f"so, train longer or lower invariance_loss_weight"
+    )
+
+
+def measure_collapse(run, encoder, image_set):
+    """Return collapse_metrics of up to 1,000 images, always the same ones, by four views each."""
+    hp = run.hp
+    images = sample(image_set, 1000, hp.seed, "collapse").images
+    output = Output(hp.emb_pool, save_proj=True, bf16=run.bf16)
+    encoded = encode_few(run, encoder, images, 4, "collapse", output)
+    return collapse_metrics(encoded["embeddings"], encoded["projections"])
+
+
+def encode_few(run, encoder, images, n_views, purpose, output):
+    """Encode images by n_views views each, without a bar. Return what encode does."""
+    views = run.hp.test_views._replace(n=n_views)
+    rng = functools.partial(generator, run.hp.seed, f"encode-{purpose}")
+    return encode(encoder, on_device(images, run.device), views, rng, run.hp.bs, output)
+
+
+def quick_evaluation(run, encoder, images, index):
+    """Print and record, while training, signs of collapse and the accuracy of knn.
+
+    The latter only of images with labels. index: the keys of the line in metrics.jsonl. Returns the
+    seconds that it took.
+    """
+    start = time.monotonic()
+    distributed.broadcast_buffers(encoder)  # all encode with the same batch-norm statistics
+    metrics = measure_collapse(run, encoder, images["train"])
+    text = collapse_text(metrics)
+    warning = collapse_warning(metrics)
+    if images["test"] and images["train"].class_names:
+        metrics["knn_top1"] = quick_knn(run, encoder, images)
+        text = f"kNN {metrics['knn_top1']:.2f}% {text}"
+    run.journal.add(**index, **metrics)
+    log.info(f"epoch {index['epoch']} step {index['step']} | {text}")
+    if warning:
+        log.warning(f"the representations have {warning}")
+    return time.monotonic() - start
+
+
+def quick_knn(run, encoder, images):
+    """Return the accuracy of knn, in percent, on up to 1,000 test and 5,000 training images.
+
+    They are always the same, by up to 4 views each.
+    """
+    hp = run.hp
+    n_views = min(4, hp.test_views.n)
+    encoded = {}
+    for split, n in (("train", 5000), ("test", 1000)):
+        image_set = sample(images[split], n, hp.seed, f"knn-{split}")
+        output = Output(hp.emb_pool, bf16=run.bf16)
+        few = encode_few(run, encoder, image_set.images, n_views, f"knn-{split}", output)
+        encoded[split] = {**few, "labels": image_set.labels}
+    return knn(*tensors_of(encoded, run.device), len(images["train"].class_names))

@@ -1,33 +1,62 @@
-"""Run, a run folder: its paths, checkpoints and cached stages, and the check of edited settings."""
+"""Run, a run folder: its paths, lock, checkpoints and cached stages, and what an edit allows."""
 
 import math
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from hparams import FIXED, from_dict, read_hparams, to_yaml, yaml_value
 from infra import files
 from infra.console import log
-from infra.distributed import on_main_process, process_group
+from infra.device import arithmetic, configure, pick_device, pick_precision
+from infra.distributed import local_device, on_main_process, process_group
 from infra.errors import RunError, UsageError
 from infra.lock import is_locked, locked
 from infra.metrics import Board, Journal, read_launches
 
-# What a checkpoint holds; see train.save_checkpoint. "state" is that of a train.TrainState.
-CHECKPOINT = {"format": int, "hparams": dict, "data": dict, "encoder": dict, "optimizer": dict, "state": dict,
-              "metrics_bytes": int}  # fmt: skip
-STATE = {
-    "n_steps": int, "step": int, "totals": torch.Tensor, "n_totals": int, "recent": torch.Tensor, "seconds": float,
-    "peak_memory": int,
-}  # fmt: skip
+# What a checkpoint holds. "state" is that of a train.TrainState.
+CHECKPOINT = {
+    "format",
+    "hparams",
+    "data",
+    "encoder",
+    "optimizer",
+    "state",
+    "metrics_bytes",
+}
+
+
+class Machine(NamedTuple):
+    """Where a run computes, and in which precision."""
+
+    device: torch.device
+    bf16: bool
+
+    @classmethod
+    def of(cls, hp):
+        """Resolve hp.device and hp.precision, and set torch's switches.
+
+        Raises UsageError if the device is not there.
+        """
+        device = pick_device(local_device(hp.device))
+        configure(device, hp.deterministic)
+        return cls(device, pick_precision(hp.precision, device) == "bf16")
+
+    @property
+    def precision(self):
+        return "bf16" if self.bf16 else "fp32"
+
+    def __str__(self):
+        return f"{self.device}, precision: {arithmetic(self.precision, self.device)}"
 
 
 class Run:
-    """A run folder. Every path in it is an attribute. Nothing is read or written until a method is called.
+    """A run folder. Every path in it is an attribute. Nothing is read or written until a call.
 
-    `opened` holds the lock and sets hp, journal, checkpoint (the newest one, or None) and changed.
+    `opened` and `load` set hp, machine and checkpoint (the newest one, or None).
     """
 
     def __init__(self, exp_dir):
@@ -36,7 +65,7 @@ class Run:
         self.checkpoints = self.dir / "checkpoints"  # 0.pt, 1.pt, ...: the end of each epoch
         self.last = self.checkpoints / "last.pt"
         self.previous = self.checkpoints / "previous.pt"
-        self.artifacts = {split: self.dir / "artifacts" / f"{split}.pt" for split in ("train", "test")}
+        self.artifacts = {name: self.dir / "artifacts" / f"{name}.pt" for name in ("train", "test")}
         self.probe = self.dir / "probe.pt"
         self.result = self.dir / "linear_accuracy.json"
         self.metrics = self.dir / "metrics.jsonl"
@@ -48,8 +77,18 @@ class Run:
         self.finetune = self.dir / "finetune"
         self.lock = self.dir / "lock"
 
+    @property
+    def device(self):
+        """The torch.device of the run."""
+        return self.machine.device
+
+    @property
+    def bf16(self):
+        """Whether the network runs in bfloat16."""
+        return self.machine.bf16
+
     def read_hparams(self):
-        """Return the Hparams of hparams.yaml. Raises UsageError if it is missing or not allowed."""
+        """Return the Hparams of hparams.yaml. Raises UsageError if it is missing or refused."""
         return read_hparams(self.hparams_yaml)
 
     def read_launches(self):
@@ -61,33 +100,53 @@ class Run:
         return is_locked(self.lock)
 
     @contextmanager
-    def opened(self, hp, launch, device, start_over=False):
-        """Lock the folder, join the process group and load the newest checkpoint. launch: what the journal records.
+    def opened(self, hp, machine, launch, start_over=False):
+        """Lock the folder, join the process group and load the newest checkpoint.
 
-        start_over: ignore what is in the folder; `prepare` moves it aside. Raises RunError if another process has the lock,
-        and UsageError if the checkpoint does not allow what was edited. Only a damaged last.pt has been written by then.
+        launch: what the journal records. start_over: ignore what is in the folder; `prepare` moves
+        it aside. Sets journal and changed, too. Raises RunError if another process has the lock,
+        and UsageError if the checkpoint does not allow what was edited. Only a damaged last.pt has
+        been written by then.
         """
-        self.hp, self.start_over = hp, start_over
-        with locked(self.lock), process_group(device):
+        self.hp = hp
+        self.machine = machine
+        self.start_over = start_over
+        with locked(self.lock), process_group(self.device):
             self.checkpoint = None if start_over else self.newest_checkpoint(repair=True)
             self.changed = check_changes(hp, self.checkpoint) if self.checkpoint else {}
             board = Board(self.tensorboard, self.patches) if hp.tensorboard else None
-            with Journal({**launch, "hparams": asdict(hp)}, self.launches, self.metrics, board) as self.journal:
+            launch = {**launch, "hparams": asdict(hp)}
+            with Journal(launch, self.launches, self.metrics, board) as self.journal:
                 yield self
+
+    def load(self, device="auto"):
+        """Read hparams.yaml and the newest checkpoint, and return the run. Nothing is written.
+
+        device: takes the place of hp.device. Raises UsageError if there is no checkpoint, or
+        hparams.yaml does not fit it, and RunError if none can be read.
+        """
+        self.hp = replace(self.read_hparams(), device=str(device))
+        self.machine = Machine.of(self.hp)
+        self.checkpoint = self.newest_checkpoint()
+        if self.checkpoint is None:
+            raise UsageError(f"{self.dir} has no checkpoint: there is no encoder yet")
+        check_changes(self.hp, self.checkpoint)
+        if not self.is_trained():
+            epoch, step = position(self.checkpoint)
+            log.info(f"* Training is at epoch {epoch} step {step}, not at its end")
+        return self
 
     @on_main_process
     def prepare(self, rewrite):
-        """Make the folders, remove half-written files of a killed process, and write hparams.yaml if there is none.
+        """Make the folders, remove temporary files of a killed process, and write hparams.yaml.
 
-        rewrite: write it also if it has other settings.
+        rewrite: write it even if there is one with other settings.
         """
         if self.start_over and any(path != self.lock for path in self.dir.iterdir()):
             log.info(f"* Moved the old run to {self.move_aside()}")
         for folder in (self.dir, self.checkpoints, self.artifacts["train"].parent):
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("*.tmp"):
-                if not leftover.name.startswith(self.report.name) and not leftover.is_dir():  # a report may be under way
-                    leftover.unlink()
+            files.remove_temporary(folder, keep=self.report.name)  # a report may be under way
         if not self.hparams_yaml.exists() or (rewrite and self.read_hparams() != self.hp):
             with files.atomic_write(self.hparams_yaml) as file:
                 file.write(to_yaml(self.hp).encode())
@@ -95,8 +154,14 @@ class Run:
             log.info(f"* {name} was {old}, from here on it is {new}")
 
     def move_aside(self):
-        """Rename the locked folder to the next free NAME.oldN and return the new path. The lock stays at the old one."""
-        aside = next(path for n in range(1, 10**6) if not (path := self.dir.with_name(f"{self.dir.name}.old{n}")).exists())
+        """Rename the locked folder to the next free NAME.oldN and return the new path.
+
+        The lock stays at the old one.
+        """
+        n = 1
+        while self.dir.with_name(f"{self.dir.name}.old{n}").exists():
+            n += 1
+        aside = self.dir.with_name(f"{self.dir.name}.old{n}")
         self.dir.rename(aside)
         self.dir.mkdir()
         (aside / self.lock.name).rename(self.lock)
@@ -108,12 +173,13 @@ class Run:
         return sorted(paths, key=lambda path: int(path.stem))
 
     def newest_checkpoint(self, repair=False):
-        """Return the content of the newest checkpoint that can be read, None if there is no checkpoint.
+        """Return the newest checkpoint that can be read, None if there is no checkpoint.
 
-        Warns of each one that can't be read. repair: write the one that was found as last.pt. Raises RunError if there are
-        checkpoints and none can be read.
+        Warns of each one that can't be read. repair: write it as last.pt if it is another one.
+        Raises RunError if there are checkpoints and none can be read.
         """
-        paths = [path for path in (self.last, self.previous) if path.exists()] + self.epoch_checkpoints()[::-1]
+        paths = [path for path in (self.last, self.previous) if path.exists()]
+        paths += reversed(self.epoch_checkpoints())
         for path in paths:
             try:
                 content = load_checkpoint(path)
@@ -121,30 +187,39 @@ class Run:
                 log.warning(error)
                 continue
             if repair and path != self.last:
-                files.save(self.last, content)
+                files.write_pt(self.last, content)
             return content
         if paths:
-            raise RunError(f"no checkpoint in {self.checkpoints} can be read; start over with train --no-resume")
+            raise RunError(
+                f"no checkpoint in {self.checkpoints} can be read; start over with train "
+                f"--no-resume"
+            )
         return None
 
     def save_checkpoint(self, content):
-        """Write last.pt and, at the end of an epoch, the same as <epoch>.pt. `content` gets format and metrics_bytes.
+        """Write last.pt and, at the end of an epoch, the same as <epoch>.pt.
 
-        Another checkpoint always remains: within an epoch, the old last.pt becomes previous.pt.
+        `content` gets format and metrics_bytes. Another checkpoint always remains: within an
+        epoch, the old last.pt becomes previous.pt.
         """
-        content |= {"format": files.FORMAT, "metrics_bytes": self.metrics.stat().st_size if self.metrics.exists() else 0}
+        metrics_bytes = self.metrics.stat().st_size if self.metrics.exists() else 0
+        content |= {"format": files.FORMAT, "metrics_bytes": metrics_bytes}
         self.checkpoint = content
         epoch, step = position(content)
         if step == 0 and epoch > 0:
-            files.save(self.checkpoints / f"{epoch - 1}.pt", content)
-            files.link(self.checkpoints / f"{epoch - 1}.pt", self.last)
+            path = self.checkpoints / f"{epoch - 1}.pt"
+            files.write_pt(path, content)
+            files.link(path, self.last)
             files.remove(self.previous)
         else:
-            files.save(self.last, content, keep=self.previous)
+            files.write_pt(self.last, content, keep=self.previous)
 
     def is_trained(self):
         """Whether training is complete."""
-        return self.checkpoint is not None and is_trained(self.hp, self.checkpoint)
+        if self.checkpoint is None:
+            return False
+        state = self.checkpoint["state"]
+        return state["step"] >= n_steps_in(self.hp.n_epochs, state["n_steps"])
 
     @property
     def fingerprints(self):
@@ -157,36 +232,32 @@ class Run:
         return [split for split in self.artifacts if self.fingerprints[split]]
 
     def images_moved(self):
-        """Whether data_dir or labels differ from the checkpoint's, or the content of labels from that of the last launch."""
-        before, launches, labels = self.checkpoint["hparams"], self.read_launches(), labels_checksum(self.hp)
-        moved = (self.hp.data_dir, self.hp.labels) != (before["data_dir"], before["labels"])
-        changed = labels not in ("", launches[-1].get("labels_checksum") if launches else None)
-        return self.hp.dataset == "folder" and (moved or changed)
+        """Whether data_dir or labels, or the content of the labels file, changed since training."""
+        if self.hp.dataset != "folder":
+            return False
+        before = self.checkpoint["hparams"]
+        if (self.hp.data_dir, self.hp.labels) != (before["data_dir"], before["labels"]):
+            return True
+        launches = self.read_launches()
+        recorded = launches[-1].get("labels_checksum") if launches else None
+        return labels_checksum(self.hp) not in ("", recorded)
 
-    def key(self, stage, split=None):
-        """Return the cache key of a stage, for one split or for the probe; see stage_key."""
-        return stage_key(self.hp, self.checkpoint, stage, split)
+    def key(self, name):
+        """Return what the result of a stage depends on: weights, images, settings, the split.
 
-    def cached(self, path, key, compute):
-        """Return the content of the file if it is whole and was computed with this key; else compute() and write it."""
-        content = self.load_cached(path, key)
-        if content is None:
-            content = {**compute(), "key": key}
-            files.save(path, content)
-        return content
+        name: that of a split, or probe.
+        """
+        if name in self.artifacts:
+            return stage_key(self.hp, self.checkpoint, "encode", split=name)
+        return stage_key(self.hp, self.checkpoint, name)
 
-    def load_cached(self, path, key):
-        if not path.exists():
-            return None
-        try:
-            content = files.load(path)
-        except (RunError, UsageError) as error:
-            log.warning(f"{error}: doing it again")
-            return None
-        if content.get("key") != key:
-            return None
-        log.info(f"* Loaded {path}")
-        return content
+    def path_of(self, name):
+        """Return the file of the result of a stage. name: that of a split, or probe."""
+        return self.artifacts.get(name, self.probe)
+
+    def cached(self, name, compute):
+        """Return the stored result of a stage if its key fits, else compute() and store it."""
+        return load_or_compute(self.path_of(name), self.key(name), compute)
 
     def write_result(self, result):
         """Write linear_accuracy.json, unless it holds the result already."""
@@ -194,88 +265,103 @@ class Run:
             files.write_json(self.result, files.sealed(result))
 
     def read_result(self):
-        """Return the result of the last launch, {} if it had none or the file is missing, damaged or of another run."""
-        launches, result = self.read_launches(), files.read_sealed(self.result)
-        return result if launches and launches[-1].get("result") == result.get("checksum") else {}
+        """Return the result of the last launch.
+
+        {} if it had none, or the file is missing, damaged or of another run.
+        """
+        launches = self.read_launches()
+        result = files.read_sealed(self.result)
+        matches = launches and launches[-1].get("result") == result.get("checksum")
+        return result if matches else {}
 
 
 def stage_key(hp, checkpoint, stage, split=None):
-    """Return what a result depends on, as a dict: weights, images, split, and all settings up to the stage."""
+    """Return what a result depends on: weights, images, split, and all settings up to the stage."""
     weights = files.checksum(*checkpoint["encoder"].values())
     return {**hp.key(stage, weights), "data": checkpoint["data"], "split": split}
 
 
-def labels_checksum(hp):
-    """Return the checksum of the labels file, "" if there is none."""
-    return files.file_checksum(Path(hp.labels).resolve()) if hp.labels else ""
-
-
-def load_checkpoint(path):
-    """Return the content of a checkpoint, on the CPU. Raises RunError if it is damaged or not what training writes: other
-    types, weights or momenta that are not finite, negative counts, hyperparameters that are not allowed."""
-    content = files.load(path)
-    try:
-        check_types(content, CHECKPOINT)
-        check_types(content["state"], STATE)
-        from_dict(content["hparams"], "hparams")
-        state, buffers = content["state"], [value for entry in content["optimizer"].values() for value in entry.values()]
-        tensors = [*content["encoder"].values(), *buffers, state["totals"], state["recent"]]
-        if not all(content["optimizer"].values()) or not all(tensor.isfinite().all() for tensor in tensors):
-            raise ValueError("no momenta, or a number that is not finite")
-        if state["totals"].shape != (3,) or state["recent"].shape != (len(state["recent"]), 3):
-            raise ValueError("tensors of other shapes")
-        if set(content["data"]) != {"train", "test", "class_names"}:
-            raise ValueError("other data")
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, UsageError) as error:
-        raise RunError(f"{path} can't be used ({str(error)[:200]})") from None
+def load_or_compute(path, key, compute):
+    """Return the content of a file that was stored with this key, else compute() and store it."""
+    content = load_if_key(path, key, warn=True)
+    if content is not None:
+        log.info(f"* Loaded {path}")
+        return content
+    content = {**compute(), "key": key}
+    files.write_pt(path, content)
     return content
 
 
-def check_types(values, kinds):
-    """Raise ValueError unless a dict has these keys with values of these types and no negative whole numbers."""
-    if set(values) != set(kinds) or not all(isinstance(values[name], kind) for name, kind in kinds.items()):
-        raise ValueError("not what a checkpoint holds")
-    if min(values[name] for name, kind in kinds.items() if kind is int) < 0:
-        raise ValueError("a negative count")
+def load_if_key(path, key, warn=False):
+    """Return the content of a file that was stored with this key, else None.
+
+    warn: print a warning if the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = files.read_pt(path)
+    except (RunError, UsageError) as error:
+        if warn:
+            log.warning(f"{error}: doing it again")
+        return None
+    return content if content.get("key") == key else None
+
+
+def labels_checksum(hp):
+    """Return the checksum of the labels file, "" if there is none."""
+    return files.file_checksum(hp.labels) if hp.labels else ""
+
+
+def load_checkpoint(path):
+    """Return the content of a checkpoint, on the CPU.
+
+    Raises RunError if it is damaged or another kind of file of this program.
+    """
+    content = files.read_pt(path)
+    if set(content) != CHECKPOINT:
+        raise RunError(f"{path} can't be used (it is not a checkpoint)")
+    return content
 
 
 def position(checkpoint):
     """Return (epoch, step within it) of a checkpoint."""
-    return divmod(checkpoint["state"]["step"], max(1, checkpoint["state"]["n_steps"]))
+    state = checkpoint["state"]
+    return divmod(state["step"], max(1, state["n_steps"]))
 
 
 def n_steps_in(n_epochs, n_steps):
-    """Return the number of steps in n_epochs epochs of n_steps each; n_epochs need not be whole."""
-    return math.ceil(round(n_epochs * max(1, n_steps), 6))  # n_steps is 0 if an untrained run has fewer images than bs
-
-
-def is_trained(hp, checkpoint):
-    """Whether a checkpoint is at the end of the training that hp asks for."""
-    return checkpoint["state"]["step"] >= n_steps_in(hp.n_epochs, checkpoint["state"]["n_steps"])
+    """Return the number of steps in n_epochs epochs of n_steps each; n_epochs may be fractional."""
+    n_steps = max(1, n_steps)  # an untrained run may have fewer images than bs
+    return math.ceil(round(n_epochs * n_steps, 6))
 
 
 def check_changes(hp, checkpoint):
     """Return {name: (old, new)} of the encoder settings that were edited since the checkpoint.
 
-    Raises UsageError for a change that does not fit the weights, or that comes too late to have an effect.
+    Raises UsageError for a change that does not fit the weights, or comes too late for an effect.
     """
     old = from_dict(checkpoint["hparams"], "the checkpoint")
     for name, (was, now) in old.differences(hp, FIXED).items():
         raise UsageError(
-            f"{name} is {yaml_value(now)}, but the weights in this folder were trained with {name} {yaml_value(was)}: "
-            f"set it back, or train under a new --exp_name"
+            f"{name} is {yaml_value(now)}, but the weights in this folder were trained with {name} "
+            f"{yaml_value(was)}: set it back, or train under a new --exp_name"
         )
-    if checkpoint["state"]["step"] > n_steps_in(hp.n_epochs, checkpoint["state"]["n_steps"]):
+    state = checkpoint["state"]
+    n_total = n_steps_in(hp.n_epochs, state["n_steps"])
+    if state["step"] > n_total:
         epoch, step = position(checkpoint)
         raise UsageError(
             f"n_epochs is {hp.n_epochs:g}, but training is at epoch {epoch} step {step} already: "
             f"raise it, or train under a new --exp_name"
         )
     changed = old.differences(hp, ("encoder",))
-    for name, (was, now) in changed.items() if is_trained(hp, checkpoint) else ():
-        if name != "n_epochs":
+    is_finished = state["step"] == n_total
+    for name, (was, now) in changed.items():
+        if is_finished and name != "n_epochs":
             raise UsageError(
-                f"{name} is {yaml_value(now)}, but training has finished with {name} {yaml_value(was)}, so it would have "
-                f"no effect: set it back, raise n_epochs to train on with it, or train under a new --exp_name"
+                f"{name} is {yaml_value(now)}, but training has finished with {name} "
+                f"{yaml_value(was)}, so it would have no effect: set it back, raise n_epochs to "
+                f"train on with it, or train under a new --exp_name"
             )
     return changed

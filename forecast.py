@@ -1,66 +1,188 @@
-"""What a training will take: steps, memory and time, told before it is spent."""
+"""What a run will cost: memory, operations and time, before they are spent."""
 
+import copy
 import math
+import time
+from typing import NamedTuple
 
-from experiment import n_steps_in
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from data import Images
+from experiment import Machine, n_steps_in
+from hparams import to_yaml
+from images.cache import on_device
 from infra import distributed
-from infra.console import log, time_left
-from infra.device import pick_device, pick_precision, step_memory, total_memory
+from infra.console import log
+from infra.device import generator, total_memory
 from infra.errors import UsageError
-from model import Encoder
+from optimizers import build_optimizer
+from train import build_step
+from weights import new_encoder, random_encoder
 
-FEW_STEPS = 50
-FILL = 0.7  # of the memory, for a step with an automatic max_patches; images, other programs and errors of the estimate need some
+# The share of memory that a step with an automatic max_patches may take. The rest is for images,
+# other programs and errors of the estimate.
+FILL = 0.7
+# The most that is alive in the backward pass, relative to what autograd keeps of the forward pass.
+# CPU and mps: measured 1.4 to 1.8 of the memory of the process. CUDA: 0.97 to 1.05 of the tensors
+# in the simulation of tests/run/test_cuda.py.
+BACKWARD = {"cpu": 1.6, "mps": 1.6, "cuda": 1.05}
+# The CUDA context, and the workspaces of cuDNN and cuBLAS: an estimate; not measured on a GPU yet.
+KERNELS = {"cuda": 1e9}
+SAMPLING = 3.2  # times its result are alive at once in patches.render
 
 
-def warn_of_few_steps(hp, n_images):
-    """Warn if training will have fewer than FEW_STEPS steps."""
-    n_steps = n_steps_in(hp.n_epochs, n_images // hp.bs)
-    if 0 < n_steps < FEW_STEPS:
-        log.warning(f"{n_images} images, {n_steps} steps of training in all: this teaches little; raise n_epochs or lower bs "
-                    f"(more patches add no steps)")  # fmt: skip
+class StepMemory(NamedTuple):
+    """The bytes that a training step takes."""
+
+    per_patch: float
+    weights: int
+    kernels: float
+
+    def of(self, n_patches):
+        """Return the bytes of a step with so many patches in the network at once."""
+        return n_patches * self.per_patch + self.weights + self.kernels
 
 
-def check_memory(hp, encoder, pixels, device, bf16):
-    """Print how much memory a training step takes and how much there is. Raises UsageError if that is less.
+def step_memory(encoder, size, machine):
+    """Return the StepMemory of patches (3, size, size)."""
+    bf16 = machine.bf16
+    saved = saved_bytes(encoder, 3, size, bf16) - saved_bytes(encoder, 2, size, bf16)
+    sampling = SAMPLING * 4 * 3 * size**2  # float32
+    n_weights = sum(p.numel() for p in encoder.parameters())
+    device = machine.device.type
+    return StepMemory(
+        per_patch=max(BACKWARD[device] * saved, sampling),
+        weights=4 * 4 * n_weights,  # float32: weights, gradients, momenta; copies in bf16
+        kernels=KERNELS.get(device, 0),
+    )
+
+
+def saved_bytes(network, n_images, size, bf16):
+    """Return the bytes that autograd keeps between forward and backward, tried on the CPU.
+
+    The batch is n_images images (3, size, size).
+    """
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.untyped_storage())
+        return tensor
+
+    network = copy.deepcopy(network).cpu().train()  # a copy: batch norm counts what it sees
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        network(torch.zeros(n_images, 3, size, size))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
+
+
+def check_memory(hp, machine, encoder, pixels):
+    """Print how much memory a training step takes. Raises UsageError if there is less.
 
     pixels: the training images, an ImageFile or uint8 (N, 3, H, W), which are on the device too.
     """
     n = hp.n_patches * distributed.shard_size(hp.bs)
     n = min(n, hp.max_patches or n)
-    per_patch, weights, kernels = step_memory(encoder, hp.patch_size, bf16, device)
-    need, there = n * per_patch + weights + kernels + getattr(pixels, "nbytes", 0), total_memory(device)
-    text = f", of which {kernels / 1e9:.1f} GB are for kernels" if kernels else ""
-    log.info(f"* Memory: about {need / 1e9:.1f} GB for a step of {n} patches{text}; {there / 1e9:.1f} GB are there")
+    memory = step_memory(encoder, hp.patch_size, machine)
+    need = memory.of(n) + getattr(pixels, "nbytes", 0)
+    there = total_memory(machine.device)
+    kernels = f", of which {memory.kernels / 1e9:.1f} GB are for kernels" if memory.kernels else ""
+    log.info(
+        f"* Memory: about {need / 1e9:.1f} GB for a step of {n} patches{kernels}; "
+        f"{there / 1e9:.1f} GB are there"
+    )
     if need > there:
-        most = most_patches(hp, encoder, device, bf16)
-        remedy = f"set max_patches {most}, or lower bs or n_patches" if most else "take a smaller network or input_size"
-        raise UsageError(f"a step of {n} patches takes about {need / 1e9:.1f} GB, and {there / 1e9:.1f} GB are there: {remedy}")
+        most = most_patches(hp, memory, machine.device)
+        if most:
+            remedy = f"set max_patches {most}, or lower bs or n_patches"
+        else:
+            remedy = "take a smaller network or input_size"
+        raise UsageError(
+            f"a step of {n} patches takes about {need / 1e9:.1f} GB, and {there / 1e9:.1f} GB are "
+            f"there: {remedy}"
+        )
 
 
 def automatic_max_patches(hp):
-    """Return the max_patches of a new run that names none: None if a step of all patches fits into memory, else what fits."""
-    n, device = hp.n_patches * distributed.shard_size(hp.bs), pick_device(distributed.local_device(hp.device))
-    bf16 = pick_precision(hp.precision, device) == "bf16"
-    encoder = Encoder(hp.arch, hp.h_dim, hp.z_dim, hp.activation, hp.batch_norm, hp.patch_size)
-    most = most_patches(hp, encoder, device, bf16)
-    if most in (0, n):  # none: the check before training says so
+    """Return the max_patches of a new run that names none.
+
+    None if a step of all patches fits into memory, else what fits.
+    """
+    machine = Machine.of(hp)
+    memory = step_memory(random_encoder(hp), hp.patch_size, machine)
+    most = most_patches(hp, memory, machine.device)
+    n = hp.n_patches * distributed.shard_size(hp.bs)
+    if most in (0, n):  # 0: the check before training says so
         return None
-    log.info(f"* max_patches: {most} of the {n} patches of a step are in the network at once, since all of them do not fit into "
-             f"memory. Each passes twice. hparams.yaml keeps the number")  # fmt: skip
+    log.info(
+        f"* max_patches: {most} of the {n} patches of a step are in the network at once, since all "
+        f"of them do not fit into memory. Each passes twice. hparams.yaml keeps the number"
+    )
     return most
 
 
-def most_patches(hp, encoder, device, bf16):
-    """Return how many patches fit into memory at once: of a step or of chunks of equal size; 0 if it is less than 3."""
-    per_patch, weights, kernels = step_memory(encoder, hp.patch_size, bf16, device)
+def most_patches(hp, memory, device):
+    """Return how many patches fit into memory at once; 0 if it is less than 3.
+
+    They are all of a step, or one of chunks of equal size.
+    """
     n = hp.n_patches * distributed.shard_size(hp.bs)
-    fit = int((FILL * total_memory(device) - weights - kernels) / per_patch)
+    room = FILL * total_memory(device) - memory.of(0)
+    fit = int(room / memory.per_patch)
     return math.ceil(n / math.ceil(n / fit)) if fit >= 3 else 0
 
 
-def tell_end(seconds, device):
-    """Print how long training will take, and on a CPU, if that is over an hour, what would be quicker."""
-    log.info(f"* Training will take about {time_left(seconds, 1)} from here on")
-    if device.type == "cpu" and seconds > 3600:
-        log.info("* Quicker on a CPU: --preset laptop, or fewer images by --n_images")
+def dry_run(hp, n_timed=3):
+    """Print settings, parameters, operations, memory and time of a training step; write nothing.
+
+    n_timed steps are timed.
+    """
+    distributed.shard_size(hp.bs, hp.n_patches)  # raises UsageError if processes can't share it
+    log.info(to_yaml(hp).rstrip())
+    machine = Machine.of(hp)
+    device = machine.device
+    with distributed.process_group(device):
+        pixels = on_device(Images(hp)["train"].images, device)
+        encoder = new_encoder(hp).to(device, memory_format=torch.channels_last)
+        n_patches = hp.n_patches * hp.bs
+        n_steps = n_steps_in(hp.n_epochs, len(pixels) // hp.bs)
+        n_weights = sum(p.numel() for p in encoder.parameters())
+        operations = flops_per_patch(encoder, hp.patch_size, device) * n_patches
+        log.info(f"* Device: {machine}, processes: {distributed.WORLD_SIZE}")
+        log.info(f"* Parameters: {n_weights / 1e6:.2f} million")
+        log.info(
+            f"* Operations: {operations / 1e12:.3g} TFLOP a step in the network, {n_steps} steps "
+            f"of {n_patches} patches"
+        )
+        check_memory(hp, machine, encoder, pixels)
+        seconds = seconds_per_step(hp, machine, encoder, pixels, n_timed)
+    log.info(
+        f"* Time: {seconds:.3g} s a step, about {seconds * n_steps / 60:.3g} minutes of training; "
+        f"encoding takes a third of that per patch"
+    )
+
+
+def seconds_per_step(hp, machine, encoder, pixels, n_timed):
+    """Return the seconds of a training step, the mean of n_timed of them."""
+    network = distributed.data_parallel(encoder, machine.device)
+    if hp.compile:
+        network = torch.compile(network)
+    optimizer = build_optimizer(hp, encoder, machine.bf16)
+    step = build_step(hp, network, optimizer, machine.bf16)
+    batch = distributed.shard(pixels[: hp.bs]).to(machine.device)
+    for i in range(n_timed + 1):
+        if i == 1:  # the first step takes longer
+            start = time.monotonic()
+        step(batch, generator(0, "dry", step=i)).cpu()
+    return (time.monotonic() - start) / n_timed
+
+
+def flops_per_patch(encoder, size, device):
+    """Return the floating-point operations of a patch (3, size, size) in training.
+
+    The backward pass takes twice the forward.
+    """
+    x = torch.zeros(2, 3, size, size, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(encoder)(x)  # a copy: batch norm counts what it sees
+    return 3 * counter.get_total_flops() / len(x)

@@ -4,7 +4,9 @@ import torch
 
 
 def is_scaled(p):
-    """Whether the trust ratio and weight decay apply: not to 1-D tensors, which are biases and batch-norm weights."""
+    """Whether the trust ratio and weight decay apply: not to 1-D tensors, which are biases and
+    batch-norm weights.
+    """
     return p.ndim >= 2
 
 
@@ -17,24 +19,38 @@ class LARS(torch.optim.Optimizer):
         g <- (g + weight_decay p) * trust                   clip=False
         g <- (g + weight_decay p) * min(trust / lr, 1)      clip=True: the step is never longer than plain SGD's
 
-    Then every tensor takes the momentum step of torch.optim.SGD with `lr`. No branch depends on a tensor's value, so the host
-    never waits. Every operation runs over all tensors at once and in place, also on p.grad, which then holds the scaled
-    gradient: twice as fast on a CPU (34 million weights) as a loop around torch.optim.SGD.
+    Then every tensor takes the momentum step of torch.optim.SGD with `lr`. No branch depends on a
+    tensor's value, so the host never waits. Every operation runs over all tensors at once and in
+    place, also on p.grad, which then holds the scaled gradient: twice as fast on a CPU (34 million
+    weights) as a loop around torch.optim.SGD.
     Raises ValueError for a negative setting, and for nesterov without momentum.
     """
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, nesterov=False, eta=1e-3, clip=False, eps=1e-8):
-        for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "eps": eps}.items():
+    def __init__(
+        self,
+        params,
+        lr,
+        momentum=0.9,
+        weight_decay=0.0,
+        nesterov=False,
+        eta=1e-3,
+        clip=False,
+        eps=1e-8,
+    ):
+        numbers = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, eps=eps)
+        for name, value in numbers.items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if nesterov and momentum == 0:
             raise ValueError("nesterov needs momentum above 0")
-        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, eta=eta, clip=clip, eps=eps)
-        super().__init__(params, defaults)
+        super().__init__(params, dict(**numbers, nesterov=nesterov, clip=clip))
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update the parameters. If a closure is given, call it with gradients enabled and return its loss."""
+        """Update the parameters.
+
+        If a closure is given, call it with gradients enabled and return its loss.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -44,11 +60,15 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _update(self, params, group):
-        lr, momentum, wd = group["lr"], group["momentum"], group["weight_decay"]
-        grads, scaled = [p.grad for p in params], [p for p in params if is_scaled(p)]
+        lr = group["lr"]
+        momentum = group["momentum"]
+        wd = group["weight_decay"]
+        grads = [p.grad for p in params]
+        scaled = [p for p in params if is_scaled(p)]
         if scaled:
             scaled_grads = [p.grad for p in scaled]
-            p_norm, g_norm = (torch.stack(torch._foreach_norm(tensors)) for tensors in (scaled, scaled_grads))
+            p_norm = torch.stack(torch._foreach_norm(scaled))
+            g_norm = torch.stack(torch._foreach_norm(scaled_grads))
             trust = group["eta"] * p_norm / (g_norm + wd * p_norm + group["eps"])
             if group["clip"]:
                 trust = (trust / lr).clamp(max=1)

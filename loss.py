@@ -1,4 +1,6 @@
-"""The losses of EMP-SSL: pure functions of z (P, B, d), the unit vectors of P patches of each of B images."""
+"""The losses of EMP-SSL: pure functions of z (P, B, d), the unit vectors of P patches of each of B
+images.
+"""
 
 import math
 
@@ -6,22 +8,27 @@ import torch
 
 
 def tcr_loss(z, eps=0.2):
-    """Return the negative total coding rate: minus the mean over patches of ½ logdet(I + d / (B eps) Z_pᵀ Z_p).
+    """Return the negative total coding rate: minus the mean over patches of ½ logdet(I + d / (B
+    eps) Z_pᵀ Z_p).
 
     z: (P, B, d) unit vectors, any float dtype. Returns a float32 (or float64) scalar.
     Raises ValueError unless z has three dimensions.
-    Source: arXiv 2304.03977, equation 2, with eps in place of the paper's eps² as in the authors' code.
+    Source: arXiv 2304.03977, equation 2, with eps in place of the paper's eps² as in the authors'
+    code.
     """
     _, B, d = _shape(z)
     with torch.autocast(z.device.type, enabled=False):
         z = _at_least_float32(z)
-        return -HalfLogDet.apply(z if B <= d else z.mT, d / (B * eps)).mean()  # the smaller matrix, by Sylvester's identity
+        z = z if B <= d else z.mT  # the smaller matrix, by Sylvester's identity
+        return -HalfLogDet.apply(z, d / (B * eps)).mean()
 
 
 class HalfLogDet(torch.autograd.Function):
-    """½ logdet(I + c z zᵀ) for each z of a batch: (P, n, d) -> (P,), with the gradient c (I + c z zᵀ)⁻¹ z.
+    """½ logdet(I + c z zᵀ) for each z of a batch: (P, n, d) -> (P,), with the gradient c (I + c z
+    zᵀ)⁻¹ z.
 
-    Autograd differentiates the Cholesky factor instead, which takes 1.5x as long (20 x 100 x 1024, two cores).
+    Autograd differentiates the Cholesky factor instead, which takes 1.5x as long (20 x 100 x 1024,
+    two cores).
     """
 
     @staticmethod
@@ -53,32 +60,40 @@ def invariance_loss(z):
 
 
 def vonmises_loss(z, t=2.0):
-    """Return the log of the mean Gaussian potential between the images' mean embeddings: log mean_{i<j} exp(-t ‖z̄_i - z̄_j‖²).
+    """Return the log of the mean Gaussian potential between the images' mean embeddings: log
+    mean_{i<j} exp(-t ‖z̄_i - z̄_j‖²).
 
-    z: (P, B, d) unit vectors, any float dtype; the means z̄ (B, d) are not normalised again. Returns a scalar: 0 if all images
-    coincide, and lower the more they spread.
+    z: (P, B, d) unit vectors, any float dtype; the means z̄ (B, d) are not normalised again.
+    Returns a scalar: 0 if all images coincide, and lower the more they spread.
     Raises ValueError unless z has three dimensions and B is at least 2.
     Source: arXiv 2005.10242, section 4.1.2 (uniformity).
     """
     _, B, _ = _shape(z)
     if B < 2:
-        raise ValueError("vonmises_loss compares images with each other: it needs at least 2 of them in a batch")
+        raise ValueError(
+            "vonmises_loss compares images with each other: it needs at least 2 of them in a batch"
+        )
     with torch.autocast(z.device.type, enabled=False):
         mean = _at_least_float32(z).mean(0)  # (B, d)
         square = mean.square().sum(1)
         i, j = torch.triu_indices(B, B, 1, device=z.device)
-        distance = (square[:, None] + square - 2 * mean @ mean.T)[i, j]  # ‖z̄_i - z̄_j‖², (B (B - 1) / 2,)
+        distance = square[:, None] + square - 2 * mean @ mean.T  # ‖z̄_i - z̄_j‖², (B, B)
+        distance = distance[i, j]  # (B (B - 1) / 2,)
         return distance.mul(-t).logsumexp(0) - math.log(len(distance))
 
 
 UNIFORMITY = {"tcr": tcr_loss, "vonmises": vonmises_loss}
 
 
-def emp_ssl_loss(z, uniformity_loss="tcr", invariance_weight=200.0, uniformity_weight=1.0, bags=1, **options):
-    """Return (total, invariance, uniformity), where total = invariance_weight * invariance + uniformity_weight * uniformity.
+def emp_ssl_loss(
+    z, uniformity_loss="tcr", invariance_weight=200.0, uniformity_weight=1.0, bags=1, **options
+):
+    """Return (total, invariance, uniformity), where total = invariance_weight * invariance +
+    uniformity_weight * uniformity.
 
-    z: (P, B, d) unit vectors. uniformity_loss: a key of UNIFORMITY; options are passed to that function. bags: split the patches
-    of each image into this many bags, each treated as an image of its own; must divide P.
+    z: (P, B, d) unit vectors. uniformity_loss: a key of UNIFORMITY; options are passed to that
+    function. bags: split the patches of each image into this many bags, each treated as an image of
+    its own; must divide P.
     Source: arXiv 2304.03977, section 2; the weights are those of the authors' code.
     """
     P, B, _ = _shape(z)

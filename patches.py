@@ -1,6 +1,18 @@
 """Augmented patches for training, and views for encoding, in whole batches.
 
-images and patches are (N, 3, H, W); P patches of each of B images are (P, B, 3, size, size).
+What a patch is, of images (N, 3, H, W) as uint8; the probabilities and ranges are the authors':
+
+    crop        H/2 x W/2 pixels, the corner uniform over all that fit
+    resize      to size x size: bilinear, from 96 pixels on bicubic
+    flip        horizontally, p = .5
+    jitter      p = .8: brightness x [.6, 1.4], contrast x [.6, 1.4], saturation x [.6, 1.4] and
+                hue + [-.2, .2] turns, in a random order for each patch
+    grey        p = .2
+    blur        p = .1: Gaussian, sigma [.1, 2] pixels
+    solarise    p = .1: invert values of 128 and more of 255
+    scale       to [-1, 1]
+
+P patches of each of B images are (P, B, 3, size, size).
 """
 
 import functools
@@ -13,32 +25,36 @@ import torch.nn.functional as F
 from infra.device import to_device, to_device_packed
 
 VIEW_KINDS = ("augmented", "crops", "grid")
+JITTER = ("brightness", "contrast", "saturation", "hue")
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601: the brightness of red, green and blue
+BICUBIC_FROM = 96  # pixels; the authors' code is bilinear for CIFAR and bicubic for ImageNet
+# Patches whose hue a CPU adjusts at once: 1.2x as fast as 1,600 at once, which exceed its cache.
+CPU_BLOCK = 400
 
 
 class Augment(NamedTuple):
-    """How strongly patches are augmented; the defaults are the authors'.
+    """How strongly patches are augmented; the defaults are the authors'."""
 
-    jitter: factor of the ranges of brightness, contrast, saturation and hue. grey, blur, solarise: probabilities.
-    """
-
-    jitter: float = 1.0
-    grey: float = 0.2
+    jitter: float = 1.0  # factor of the ranges of brightness, contrast, saturation and hue
+    grey: float = 0.2  # this and the following ones are probabilities
     blur: float = 0.1
     solarise: float = 0.1
 
 
-class Views(NamedTuple):
-    """How views are cut from an image: n of them, each half as wide as the image and resized to `size` pixels.
+AUTHORS = Augment()
 
-    kind: augmented, patches as in training; crops, at random places and not augmented; grid, k x k crops at even distances
-    from corner to corner, where k is the root of n, rounded down: nothing is random. size: None for the image's width. augment:
-    of augmented views.
-    """
+
+class Views(NamedTuple):
+    """How views are cut from an image: each is half as wide, and resized to `size` pixels."""
 
     n: int
+    # augmented: patches as in training.
+    # crops: at random places, not augmented.
+    # grid: k x k crops at even distances from corner to corner, k = the root of n, rounded down.
     kind: str = "augmented"
-    size: int | None = None
-    augment: Augment = Augment()
+    size: int = 32
+    augment: Augment = AUTHORS  # of augmented views
 
     @property
     def count(self):
@@ -46,50 +62,46 @@ class Views(NamedTuple):
         return math.isqrt(self.n) ** 2 if self.kind == "grid" else self.n
 
 
-def sample_patches(images, n_patches, generator, size=32, first=0, batch=None, augment=Augment()):  # noqa: B008, does not change
+def sample_patches(images, n_patches, generator, size=32, first=0, batch=None, augment=AUTHORS):
     """Return random augmented patches: n_patches of each image, each a quarter of its area.
 
-    images: uint8 (B, 3, H, W) on any device, H and W even. generator: a CPU torch.Generator, so the same patches are drawn on
-    every device. first, batch: the images are rows first to first + B of a larger batch, and get the patches that they would
-    get there. augment: an Augment. Returns float32 (n_patches, B, 3, size, size) in [-1, 1] on the device of the images; the
-    host never waits for it.
+    images: uint8 (B, 3, H, W) on any device, H and W even. generator: a CPU torch.Generator, so the
+    same patches are drawn on every device. first, batch: the images are rows first to first + B of
+    a larger batch, and get the patches that they would get there. augment: an Augment. Returns
+    float32 (n_patches, B, 3, size, size) in [-1, 1] on the device of the images; the host never
+    waits for it.
     Source: arXiv 2304.03977, appendix, and the authors' code.
     """
     params = batch_params(images.shape, n_patches, generator, first, batch, augment)
-    return render(images, params, size).unflatten(0, (n_patches, -1))  # (P B, 3, size, size) -> (P, B, 3, size, size)
+    x = render(images, params, size)  # (P B, 3, size, size)
+    return x.unflatten(0, (n_patches, -1))  # (P, B, 3, size, size)
 
 
-def batch_params(shape, n_patches, generator, first=0, batch=None, augment=Augment()):  # noqa: B008, does not change
-    """Draw the parameters of n_patches patches of each image of a shape (B, 3, H, W): a dict of CPU tensors (P B, ...).
+def batch_params(shape, n_patches, generator, first=0, batch=None, augment=AUTHORS):
+    """Draw the parameters of n_patches patches of each image of a shape (B, 3, H, W).
 
-    The arguments are those of sample_patches.
+    The arguments are those of sample_patches. Returns a dict of CPU tensors (P B, ...).
     """
     B, _, H, W = shape
     batch = batch or B
     params = sample_params(n_patches * batch, H, W, generator, augment)
     if batch > B:
-        params = {k: v.unflatten(0, (n_patches, batch))[:, first : first + B].flatten(0, 1) for k, v in params.items()}
+        for name, values in params.items():
+            shard = values.unflatten(0, (n_patches, batch))[:, first : first + B]  # (P, B, ...)
+            params[name] = shard.flatten(0, 1)  # (P B, ...)
     return {**params, "image": torch.arange(B).repeat(n_patches)}
 
 
 def render(images, params, size):
-    """Return the patches that batch_params, or any rows of them, describe: float32 (n, 3, size, size) in [-1, 1]."""
-    params, order, ends = by_turn(params)
-    plan = {**crop_plan(params, images.shape[3]), **augmentation_plan(params, ends[HUE]), "unsort": order.argsort()}
-    plan = to_device_packed(plan, images.device)
-    x = augment(cut(images, plan, size), plan, ends)
-    return to_signed(x.index_select(0, plan["unsort"]))
+    """Return the patches that batch_params, or any rows of them, describe.
 
-
-def by_turn(params):
-    """Sort patches by the turn at which their hue is adjusted: those of a turn are then a slice, without a copy.
-
-    Return the sorted params, the order int64 (n,), and how many patches have a turn of at most i, for i from 0 to NO_JITTER.
+    They are float32 (n, 3, size, size) in [-1, 1].
     """
-    turn = torch.where(params["jitter"], (params["order"] == HUE).int().argmax(1), NO_JITTER)
-    order = turn.argsort(stable=True)
-    ends = turn.bincount(minlength=NO_JITTER + 1).cumsum(0).tolist()
-    return {name: values[order] for name, values in params.items()}, order, ends
+    plan = {**crop_plan(params, images.shape[3]), **augmentation_plan(params)}
+    plan = to_device_packed(plan, images.device)
+    x = cut(images, plan, size)
+    augment_(x, plan)
+    return to_signed(x)
 
 
 def to_signed(x):
@@ -100,30 +112,46 @@ def to_signed(x):
 def sample_views(images, views, generator):
     """Return the views that encode the images: float32 (views.count, B, 3, size, size) in [-1, 1].
 
-    images: uint8 (B, 3, H, W), H and W even. views: a Views. generator: a CPU torch.Generator; a grid needs none.
+    images: uint8 (B, 3, H, W), H and W even. views: a Views. generator: a CPU torch.Generator; a
+    grid needs none.
     """
-    B, _, H, W = images.shape
-    size = views.size or W
     if views.kind == "augmented":
-        return sample_patches(images, views.n, generator, size, augment=views.augment)
+        return sample_patches(images, views.n, generator, views.size, augment=views.augment)
+    B, _, H, W = images.shape
     if views.kind == "crops":
-        top, left = (torch.randint(n - n // 2 + 1, (views.n * B,), generator=generator) for n in (H, W))
+        n = views.n * B
+        top = torch.randint(H - H // 2 + 1, (n,), generator=generator)
+        left = torch.randint(W - W // 2 + 1, (n,), generator=generator)
     else:
         k = math.isqrt(views.n)
-        rows, columns = (torch.linspace(0, n - n // 2, k).round().long() if k > 1 else torch.tensor([n // 4]) for n in (H, W))
-        top, left = (places.flatten().repeat_interleave(B) for places in torch.meshgrid(rows, columns, indexing="ij"))
-    flip = torch.zeros(len(top), dtype=torch.bool)
-    params = {"top": top, "left": left, "flip": flip, "image": torch.arange(B).repeat(len(top) // B)}
+        top, left = torch.meshgrid(grid_corners(H, k), grid_corners(W, k), indexing="ij")  # (k, k)
+        top = top.flatten().repeat_interleave(B)  # (k² B,)
+        left = left.flatten().repeat_interleave(B)
+    params = {
+        "top": top,
+        "left": left,
+        "flip": torch.zeros(len(top), dtype=torch.bool),
+        "image": torch.arange(B).repeat(views.count),
+    }
     plan = to_device_packed(crop_plan(params, W), images.device)
-    return to_signed(cut(images, plan, size)).unflatten(0, (-1, B))  # (V B, 3, S, S) -> (V, B, 3, S, S)
+    x = to_signed(cut(images, plan, views.size))  # (V B, 3, S, S)
+    return x.unflatten(0, (-1, B))  # (V, B, 3, S, S)
 
 
-def sample_params(n, H, W, generator, augment=Augment()):  # noqa: B008, does not change
-    """Draw the augmentation parameters of n patches of images (H, W). Returns a dict of CPU tensors (n, ...).
+def grid_corners(length, k):
+    """Return where k crops of half the length begin, at even distances; one is in the middle."""
+    if k == 1:
+        return torch.tensor([length // 4])
+    return torch.linspace(0, length - length // 2, k).round().long()
 
-    top, left: int64, the corner of the crop in pixels. flip, jitter, grey, blur, solarise: bool. order: int64 (n, 4), a
-    permutation of JITTER for each patch. brightness, contrast, saturation: float32 factors. hue: float32, in turns of the
-    colour circle. sigma: float32, of the blur, in pixels.
+
+def sample_params(n, H, W, generator, augment=AUTHORS):
+    """Draw the augmentation parameters of n patches of images (H, W): a dict of CPU tensors.
+
+    Each is (n, ...). top, left: int64, the corner of the crop in pixels. flip, jitter, grey, blur,
+    solarise: bool. order: int64 (n, 4), a permutation of JITTER for each patch. brightness,
+    contrast, saturation: float32 factors. hue: float32, in turns of the colour circle. sigma:
+    float32, of the blur, in pixels.
     Source: the probabilities and ranges of the authors' code.
     """
 
@@ -154,80 +182,104 @@ def sample_params(n, H, W, generator, augment=Augment()):  # noqa: B008, does no
 
 
 def crop_plan(params, W):
-    """Return what `cut` needs of the params, as CPU tensors (n,): image, top and left, where a flipped patch is the crop of the
-    mirrored image."""
+    """Return what `cut` needs of the params: image, top and left, as CPU tensors (n,).
+
+    A flipped patch is a crop of the mirrored image.
+    """
     left = torch.where(params["flip"], W - W // 2 - params["left"], params["left"])
     return {"image": 2 * params["image"] + params["flip"], "top": params["top"], "left": left}
 
 
 def cut(images, plan, size):
-    """Crop, flip and resize by a crop_plan on the device: uint8 (B, 3, H, W) -> float32 (n, 3, size, size) in [0, 1]."""
-    h, w = images.shape[2] // 2, images.shape[3] // 2
-    mirrored = torch.stack([images, images.flip(-1)], 1).flatten(0, 1)  # (2 B, 3, H, W): each image, then its mirror image
+    """Crop, flip and resize by a crop_plan on the device.
+
+    uint8 (B, 3, H, W) -> float32 (n, 3, size, size) in [0, 1].
+    """
+    h = images.shape[2] // 2
+    w = images.shape[3] // 2
+    # (2 B, 3, H, W): each image, then its mirror image
+    mirrored = torch.stack([images, images.flip(-1)], 1).flatten(0, 1)
     windows = mirrored.unfold(2, h, 1).unfold(3, w, 1)  # a view, (2 B, 3, H-h+1, W-w+1, h, w)
     x = windows[plan["image"], :, plan["top"], plan["left"]].float()  # (n, 3, h, w)
-    # Resizing is linear along each axis. Two small matrix products are 2.6x as fast as F.interpolate on a CPU.
+    # Resizing is linear along each axis. Two small matrix products are 2.6x as fast as
+    # F.interpolate on a CPU.
     x = resize_matrix(h, size, x.device, divisor=255) @ x @ resize_matrix(w, size, x.device).T
     return x.clamp_(0, 1) if size >= BICUBIC_FROM else x  # bicubic interpolation overshoots
 
 
-BICUBIC_FROM = 96  # pixels; the authors' code is bilinear for CIFAR and bicubic for ImageNet
-
-
 @functools.lru_cache(maxsize=16)
 def resize_matrix(length, size, device, divisor=1):
-    """Return the matrix (size, length) that resizes one axis and divides by divisor: bilinear, or bicubic to BICUBIC_FROM pixels
-    or more; antialiased where it shrinks. It is computed on the CPU once and kept."""
-    eye, mode = torch.eye(length)[None, None], "bicubic" if size >= BICUBIC_FROM else "bilinear"
-    # With antialias, torch takes Pillow's bicubic kernel, as the authors' code does; without, it takes another one.
+    """Return the matrix (size, length) that resizes one axis and divides by divisor.
+
+    It is bilinear, or bicubic to BICUBIC_FROM pixels or more, and antialiased where it shrinks. It
+    is computed on the CPU once and kept.
+    """
+    mode = "bicubic" if size >= BICUBIC_FROM else "bilinear"
+    # With antialias, torch uses Pillow's bicubic kernel, as the authors' code does.
     antialias = size < length or mode == "bicubic"
-    matrix = F.interpolate(eye, size=(size, length), mode=mode, align_corners=False, antialias=antialias)[0, 0]
-    return to_device(matrix / divisor, device)
+    eye = torch.eye(length)[None, None]  # (1, 1, length, length)
+    matrix = F.interpolate(
+        eye, size=(size, length), mode=mode, align_corners=False, antialias=antialias
+    )
+    return to_device(matrix[0, 0] / divisor, device)
 
 
-JITTER = ("brightness", "contrast", "saturation", "hue")
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-CPU_BLOCK = 400  # patches whose hue a CPU adjusts at once: 1.2x as fast as 1,600 at once, which exceed its cache
-NO_JITTER = 4  # the turn of patches without jitter
+def augmentation_plan(params):
+    """Return what `augment_` needs of the params of n patches, as a dict of CPU tensors.
 
+    jitter, grey, blur, solarise: int64, the patches that they apply to; m get jitter. hue: (m,).
+    sigma: of the blurred patches. M (m, 6, 3, 3), mean_weight (m, 6): the maps of the operations
+    other than hue in their order, 0 to 2 to apply before hue, and 3 to 5 after it. An operation
+    that comes after hue is the identity among the first three, and vice versa:
 
-def augmentation_plan(params, n_hues):
-    """Return what `augment` needs of sorted params, of which the first n_hues get jitter, as a dict of CPU tensors.
-
-    M (n_hues, 3, 3, 3), mean_weight (n_hues, 3): the maps of the three operations other than hue, in their order. hue: (n_hues,).
-    grey, blur, solarise: indices of the patches that they apply to. sigma: those of the blurred patches.
+        order             before hue        after hue
+        C  H  B  S        C  -  -           -  B  S
+        H  S  B  C        -  -  -           S  B  C
+        S  B  C  H        S  B  C           -  -  -
     """
-    order = params["order"][:n_hues]
-    others = order[order != HUE].view(-1, 3)  # (n_hues, 3)
-    factors = torch.stack([params[name] for name in JITTER[:HUE]], 1)[:n_hues].gather(1, others)
-    M, mean_weight = colour_map(others, factors)
-    chosen = {name: params[name].nonzero().squeeze(1) for name in ("grey", "blur", "solarise")}
-    return {**chosen, "M": M, "mean_weight": mean_weight, "hue": params["hue"][:n_hues], "sigma": params["sigma"][params["blur"]]}
+    names = ("jitter", "grey", "blur", "solarise")
+    plan = {name: params[name].nonzero().squeeze(1) for name in names}
+    jitter = plan["jitter"]
+    order = params["order"][jitter]  # (m, 4)
+    hue_turn = (order == HUE).int().argmax(1, keepdim=True)  # (m, 1)
+    others = order[order != HUE].view(-1, 3)  # (m, 3)
+    factors = torch.stack([params[name][jitter] for name in JITTER[:HUE]], 1)  # (m, 3)
+    factors = factors.gather(1, others)
+    is_before = torch.arange(3) < hue_turn  # (m, 3)
+    before = torch.where(is_before, factors, 1)
+    after = torch.where(is_before, 1, factors)
+    M, mean_weight = colour_map(torch.cat([others, others], 1), torch.cat([before, after], 1))
+    return {
+        **plan,
+        "M": M,
+        "mean_weight": mean_weight,
+        "hue": params["hue"][jitter],
+        "sigma": params["sigma"][plan["blur"]],
+    }
 
 
-def augment(x, plan, ends):
-    """Apply colour jitter, greyscale, blur and solarise to x (n, 3, h, w) in [0, 1], in place, by a plan on its device.
+def augment_(x, plan):
+    """Apply jitter, greyscale, blur and solarise to x (n, 3, h, w) in [0, 1], in place.
 
-    The patches are sorted: the hue of the first ends[0] is adjusted at turn 0, that of the others before ends[1] at turn 1, and
-    so on; from ends[3] on there is no jitter. So before hue, operation i applies to the patches from ends[i] on, and after hue
-    to those before ends[i]: slices, whose bounds are known on the CPU.
+    plan: an augmentation_plan on the device of x.
     """
-    n_hues, M, mean_weight = ends[HUE], plan["M"], plan["mean_weight"]
-    jittered = x[:n_hues]
-    for i in range(3):
-        map_colours(jittered[ends[i] :], M[ends[i] :, i], mean_weight[ends[i] :, i])
-    block = CPU_BLOCK if x.device.type == "cpu" else max(1, n_hues)
-    for part, shift in zip(jittered.split(block), plan["hue"].split(block), strict=True):
-        adjust_hue(part, shift)
-    for i in range(3):
-        map_colours(jittered[: ends[i]], M[: ends[i], i], mean_weight[: ends[i], i])
+    x[plan["jitter"]] = jittered(x[plan["jitter"]], plan)
     x[plan["grey"]] = greyscale(x[plan["grey"]])
     x[plan["blur"]] = gaussian_blur(x[plan["blur"]], plan["sigma"])
     x[plan["solarise"]] = solarise(x[plan["solarise"]])
+
+
+def jittered(x, plan):
+    """Apply the colour jitter of an augmentation_plan to x (m, 3, h, w), in place; return x."""
+    block = CPU_BLOCK if x.device.type == "cpu" else max(1, len(x))
+    parts = [tensor.split(block) for tensor in (x, plan["M"], plan["mean_weight"], plan["hue"])]
+    for part, M, mean_weight, hue in zip(*parts, strict=True):
+        for i in range(3):
+            map_colours(part, M[:, i], mean_weight[:, i])
+        adjust_hue(part, hue)
+        for i in range(3, 6):
+            map_colours(part, M[:, i], mean_weight[:, i])
     return x
-
-
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601: the brightness of red, green and blue
 
 
 @functools.lru_cache(maxsize=16)
@@ -243,10 +295,12 @@ def greyscale(x):
 
 
 def colour_map(operation, factor):
-    """Return brightness, contrast or saturation as an affine map of colours: x -> M x + mean_weight * mean grey of the patch.
+    """Return brightness, contrast or saturation as an affine map of colours: x -> M x + mean_weight
+    * mean grey of the patch.
 
-    operation: int64 (...), BRIGHTNESS, CONTRAST or SATURATION. factor: (...), 1 changes nothing; 0 gives black, the mean grey
-    of the patch, or greyscale. Returns M (..., 3, 3) and mean_weight (...).
+    operation: int64 (...), BRIGHTNESS, CONTRAST or SATURATION. factor: (...), 1 changes nothing; 0
+    gives black, the mean grey of the patch, or greyscale. Returns M (..., 3, 3) and mean_weight
+    (...).
     """
     grey_weight = (1 - factor) * (operation == SATURATION)
     M = factor[..., None, None] * torch.eye(3) + grey_weight[..., None, None] * torch.tensor(LUMA)
@@ -254,19 +308,29 @@ def colour_map(operation, factor):
 
 
 def map_colours(x, M, mean_weight):
-    """Apply the maps M (n, 3, 3), mean_weight (n,) of colour_map to x (n, 3, h, w) in [0, 1], in place, and clamp to [0, 1]."""
+    """Apply the maps M (n, 3, 3), mean_weight (n,) of colour_map to x (n, 3, h, w) in [0, 1], in
+    place, and clamp to [0, 1].
+    """
     offset = mean_weight * (x.mean((2, 3)) @ luma_weights(x.device))  # (n,)
-    return torch.clamp(torch.baddbmm(offset[:, None, None], M, x.flatten(2)).view_as(x), 0, 1, out=x)
+    return torch.clamp(
+        torch.baddbmm(offset[:, None, None], M, x.flatten(2)).view_as(x), 0, 1, out=x
+    )
 
 
 def adjust_hue(x, shift):
-    """Rotate the hue of x (n, 3, h, w) in [0, 1] by shift (n,) turns of the colour circle, in place: to HSV and back to RGB."""
+    """Rotate the hue of x (n, 3, h, w) in [0, 1] by shift (n,) turns of the colour circle, in
+    place: to HSV and back to RGB.
+    """
     r, g, b = x.unbind(1)
     value, low = x.amax(1), x.amin(1)
     chroma = value - low
     # Floating-point masks and lerp choose as torch.where does, which takes 3x as long on a CPU.
-    r_is_max, g_is_max = (torch.eq(channel, value, out=torch.empty_like(value)) for channel in (r, g))
-    hue = (r - g + 4 * chroma).lerp_(b - r + 2 * chroma, g_is_max).lerp_(g - b, r_is_max)  # a turn is 6 chroma
+    r_is_max, g_is_max = (
+        torch.eq(channel, value, out=torch.empty_like(value)) for channel in (r, g)
+    )
+    hue = (
+        (r - g + 4 * chroma).lerp_(b - r + 2 * chroma, g_is_max).lerp_(g - b, r_is_max)
+    )  # a turn is 6 chroma
     hue = hue.div_(6 * chroma.clamp(min=1e-12)).add_(shift[:, None, None])  # grey pixels: chroma 0
     away = hue[:, None] - channel_hues(x.device)  # (n, 3, h, w)
     away = away.sub_(away.round()).abs_()  # distance in turns, at most 0.5
@@ -281,13 +345,18 @@ def channel_hues(device):
 
 
 def gaussian_blur(x, sigma, radius=6):
-    """Blur x (n, c, h, w) by sigma (n,) pixels; the border is reflected. The radius of 6 is three times the largest sigma, 2.
+    """Blur x (n, c, h, w) by sigma (n,) pixels; the border is reflected. The radius of 6 is three
+    times the largest sigma, 2.
 
-    A blur along one axis is a matrix, so this is two small matrix products per channel. h and w must be above radius.
+    A blur along one axis is a matrix, so this is two small matrix products per channel. h and w
+    must be above radius.
     """
     weight = torch.exp(-0.5 * (blur_offsets(radius, x.device) / sigma[:, None]) ** 2)
     weight = weight / weight.sum(1, keepdim=True)  # (n, 2 radius + 1)
-    rows, columns = ((weight @ shifts(length, radius, x.device)).view(-1, 1, length, length) for length in x.shape[2:])
+    rows, columns = (
+        (weight @ shifts(length, radius, x.device)).view(-1, 1, length, length)
+        for length in x.shape[2:]
+    )
     return rows @ x @ columns.mT
 
 
@@ -299,10 +368,13 @@ def blur_offsets(radius, device):
 
 @functools.lru_cache(maxsize=16)
 def shifts(length, radius, device):
-    """Return the matrices that move pixels by -radius, ..., radius along an axis, reflecting at its ends, a row each:
-    (2 radius + 1, length * length)."""
+    """Return the matrices that move pixels by -radius, ..., radius along an axis, reflecting at its
+    ends, a row each: (2 radius + 1, length * length).
+    """
     source = (torch.arange(length)[:, None] + torch.arange(-radius, radius + 1)).abs()
-    source = torch.where(source >= length, 2 * (length - 1) - source, source)  # (length, 2 radius + 1)
+    source = torch.where(
+        source >= length, 2 * (length - 1) - source, source
+    )  # (length, 2 radius + 1)
     return to_device(F.one_hot(source, length).float().transpose(0, 1).flatten(1), device)
 
 

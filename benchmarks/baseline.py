@@ -19,7 +19,7 @@ from torchvision import transforms
 from torchvision.models import resnet18
 
 import data
-from backbones import BACKBONES
+from model import BACKBONES
 from infra.device import generator
 
 TRANSFORM = transforms.Compose([

@@ -13,7 +13,7 @@ from torchvision.ops import roi_align
 
 import lars
 import main as program
-from backbones import build_backbone
+from model import build_backbone
 from model import Encoder
 from optimizers import build_optimizer
 from patches import HUE, Augment, augment, augmentation_plan, by_turn, sample_params, to_signed

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from backbones import build_backbone, stage_means
+from model import build_backbone, stage_means
 from benchmarks import kmeans
 from benchmarks.common import commit, machine, parser
 from benchmarks.methods import ARCH, METHODS, Try, label

@@ -20,12 +20,20 @@ PREFIX = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
 
 
 def paint(text, code, stream):
-    """Return the text in a colour or weight, if the stream is a terminal and NO_COLOR is not set (no-color.org)."""
-    return f"\033[{code}m{text}\033[0m" if stream.isatty() and not os.environ.get("NO_COLOR") else text
+    """Return the text in a colour or weight, if the stream is a terminal.
+
+    Where NO_COLOR is set, it stays as it is (no-color.org).
+    """
+    if os.environ.get("NO_COLOR") or not stream.isatty():
+        return text
+    return f"\033[{code}m{text}\033[0m"
 
 
 class ConsoleHandler(logging.Handler):
-    """Print information to stdout, and warnings and errors to stderr. Each line is flushed, so that a pipe sees it at once."""
+    """Print information to stdout, and warnings and errors to stderr.
+
+    Each line is flushed, so that a pipe sees it at once.
+    """
 
     def emit(self, record):
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
@@ -39,7 +47,10 @@ class ConsoleHandler(logging.Handler):
 
 
 def rank_filter(record):
-    """Pass the records of the main process, and errors marked every_process with the number of their process."""
+    """Pass the records of the main process, and errors marked every_process.
+
+    The latter begin with the number of their process.
+    """
     if getattr(record, "every_process", False):
         record.msg = f"process {RANK}: {record.msg}" if WORLD_SIZE > 1 else record.msg
         return True
@@ -49,7 +60,8 @@ def rank_filter(record):
 @contextmanager
 def quiet_libraries():
     """Within the block, warnings of libraries and errors of their threads are not shown."""
-    hook, threading.excepthook = threading.excepthook, lambda args: None
+    hook = threading.excepthook
+    threading.excepthook = lambda args: None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -70,19 +82,26 @@ def log_stage(title):
 
 
 def progress_bar(items, desc, **options):
-    """Return the items with a tqdm bar. It is shown on a terminal only, and by the main process only."""
+    """Return the items with a tqdm bar.
+
+    It is shown on a terminal only, and by the main process only.
+    """
     return tqdm(items, desc, disable=None if RANK == 0 else True, **options)
 
 
 def progress(items, desc, every, unit, size=1):
-    """Yield the items. Each stands for `size` units. On a terminal show a bar, else print a line after every `every` items."""
+    """Yield the items, and show a bar on a terminal, else a line after every `every` items.
+
+    Each item stands for `size` units.
+    """
     start = time.monotonic()
     bar = progress_bar(items, desc, unit=f" {unit}", unit_scale=size)
     for done, item in enumerate(bar, 1):
         yield item
         if bar.disable and done % every == 0:
             rate = done / (time.monotonic() - start)
-            log.info(f"{desc} {done}/{len(items)} | {size * rate:,.0f} {unit}/s, {time_left(len(items) - done, rate)} left")
+            left = time_left(len(items) - done, rate)
+            log.info(f"{desc} {done}/{len(items)} | {size * rate:,.0f} {unit}/s, {left} left")
 
 
 def time_left(n, rate):

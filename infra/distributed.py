@@ -1,4 +1,7 @@
-"""Several processes, started by torchrun, each with its shard of every batch. With one process nothing here has an effect."""
+"""Several processes, started by torchrun, each with its shard of every batch.
+
+With one process nothing here has an effect.
+"""
 
 import functools
 import os
@@ -19,15 +22,23 @@ WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
 
 def on_main_process(function):
-    """Decorate a function that writes: in every process but the main one it does nothing and returns None."""
+    """Decorate a function that writes: the other processes do nothing and return None."""
     return function if RANK == 0 else functools.wraps(function)(lambda *args, **kwargs: None)
 
 
 def local_device(name):
-    """Return the name of this process's device: the GPU of its local rank. Raises UsageError if all would share one."""
+    """Return the name of this process's device: the GPU of its local rank.
+
+    Raises UsageError if all would share one.
+    """
     if WORLD_SIZE > 1 and name.startswith("cuda:"):
-        raise UsageError(f"device {name} would put all {WORLD_SIZE} processes on one GPU: device cuda gives each its own")
-    return f"cuda:{os.environ['LOCAL_RANK']}" if LAUNCHED and name in ("cuda", "auto") and torch.cuda.is_available() else name
+        raise UsageError(
+            f"device {name} would put all {WORLD_SIZE} processes on one GPU: device cuda gives "
+            f"each its own"
+        )
+    if LAUNCHED and name in ("cuda", "auto") and torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return name
 
 
 @contextmanager
@@ -47,19 +58,27 @@ def process_group(device):
 
 
 def stop(seconds=60):
-    """Stop this process as SIGTERM does, and if it does not stop in time, at once. torchrun has ended and left it alone."""
+    """Stop this process as SIGTERM does, and at once if it does not stop in so many seconds.
+
+    torchrun has ended and left it alone.
+    """
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(seconds)
     os._exit(128 + signal.SIGTERM)
 
 
 def data_parallel(encoder, device):
-    """Return the encoder with gradients averaged over the processes and, on CUDA, batch norm over the whole batch."""
+    """Return the encoder with gradients averaged over the processes.
+
+    On CUDA, batch norm is over the whole batch.
+    """
     if WORLD_SIZE == 1:
         return encoder
     if device.type == "cuda":
         encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
-    return torch.nn.parallel.DistributedDataParallel(encoder, [device] if device.type == "cuda" else None)
+    return torch.nn.parallel.DistributedDataParallel(
+        encoder, [device] if device.type == "cuda" else None
+    )
 
 
 def no_sync(network, enabled):
@@ -68,17 +87,28 @@ def no_sync(network, enabled):
 
 
 def shard_size(bs, n_patches=2):
-    """Return how many of bs images each process takes. Raises UsageError unless bs is a multiple of the processes, and if a
-    process would get a single patch."""
+    """Return how many of bs images each process takes.
+
+    Raises UsageError unless bs is a multiple of the processes, and if a process would get a single
+    patch.
+    """
     if bs % WORLD_SIZE:
-        raise UsageError(f"bs {bs} must be a multiple of the {WORLD_SIZE} processes, which share a batch")
+        raise UsageError(
+            f"bs {bs} must be a multiple of the {WORLD_SIZE} processes, which share a batch"
+        )
     if bs // WORLD_SIZE * n_patches < 2:
-        raise UsageError(f"bs {bs} with n_patches {n_patches} leaves batch norm a single patch in each of {WORLD_SIZE} processes")
+        raise UsageError(
+            f"bs {bs} with n_patches {n_patches} leaves batch norm a single patch in each of "
+            f"{WORLD_SIZE} processes"
+        )
     return bs // WORLD_SIZE
 
 
 def shard(items):
-    """Return this process's part of a tensor or sequence: consecutive items, as many as the others have, or one more."""
+    """Return this process's part of a tensor or sequence.
+
+    They are consecutive items, as many as the others have, or one more.
+    """
     n = len(items)
     return items[RANK * n // WORLD_SIZE : (RANK + 1) * n // WORLD_SIZE]
 
@@ -91,8 +121,9 @@ def shard_offset(n):
 class _AllGather(torch.autograd.Function):
     """Concatenate the shards of all processes along dimension 1.
 
-    Each process computes the same loss of all z, so the gradient of its own shard is a slice of the whole gradient. It is
-    multiplied by the number of processes, because DistributedDataParallel averages gradients that must be summed.
+    Each process computes the same loss of all z, so the gradient of its own shard is a slice of the
+    whole gradient. It is multiplied by the number of processes, because DistributedDataParallel
+    averages gradients that must be summed.
     """
 
     @staticmethod
@@ -107,14 +138,21 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather(z):
-    """Return z of the whole batch, with gradient: (P, B / processes, d) -> (P, B, d), the same in all processes."""
+    """Return z of the whole batch, with gradient; the same in all processes.
+
+    (P, B / processes, d) -> (P, B, d).
+    """
     return z if WORLD_SIZE == 1 else _AllGather.apply(z)
 
 
 def broadcast_buffers(encoder):
-    """Copy the main process's batch-norm statistics to all: on CPUs each process has followed its own shard."""
-    for buffer in encoder.buffers() if WORLD_SIZE > 1 else ():
-        dist.broadcast(buffer, 0)
+    """Copy the main process's batch-norm statistics to all.
+
+    On CPUs each process has followed its own shard.
+    """
+    if WORLD_SIZE > 1:
+        for buffer in encoder.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def all_reduce_sum(tensor):
@@ -125,7 +163,10 @@ def all_reduce_sum(tensor):
 
 
 def all_reduce_max(*numbers):
-    """Return the maximum of each integer over the processes. It runs on the CPUs and does not wait for a GPU."""
+    """Return the maximum of each integer over the processes.
+
+    It runs on the CPUs and does not wait for a GPU.
+    """
     if WORLD_SIZE > 1:
         numbers = torch.tensor(numbers)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
@@ -139,7 +180,10 @@ def barrier():
 
 @contextmanager
 def main_process_first():
-    """The main process runs the block first. Then the others run it, and find what it wrote. They wait up to a day."""
+    """Run the block in the main process first.
+
+    Then the others run it, and find what it wrote. They wait up to a day.
+    """
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if WORLD_SIZE > 1 else None
     if WORLD_SIZE > 1 and RANK != 0:
         dist.barrier(group)

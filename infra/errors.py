@@ -12,32 +12,55 @@ class RunError(Exception):
 
 
 class UsageError(Exception):
-    """The user asked for something impossible. The message is one line that names it and the way out; the exit code is 2."""
+    """The user asked for something impossible.
+
+    The message is one line that names it and the way out; the exit code is 2.
+    """
 
     code = 2
 
 
 # What torch's other errors say: the allocator of the CPU, CUDA's own, cuBLAS, mps.
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
 
 
 def explain(error):
-    """Return a one-line message for an unexpected error. Out of memory and errors of the file system have their own."""
+    """Return a one-line message for an unexpected error.
+
+    Out of memory and errors of the file system have their own.
+    """
     for cause in causes(error):
         text = " ".join(str(cause).split())
-        if isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or any(words in text for words in OUT_OF_MEMORY):
-            return (f"out of memory ({text[:100]}): in hparams.yaml lower bs, n_patches or max_patches, or set precision: bf16, "
-                    f"then resume; all that was written is kept")  # fmt: skip
+        is_memory = isinstance(cause, (torch.OutOfMemoryError, MemoryError))
+        if is_memory or any(words in text for words in OUT_OF_MEMORY):
+            return (
+                f"out of memory ({text[:100]}): in hparams.yaml lower bs, n_patches or "
+                f"max_patches, or set precision: bf16, then resume; all that was written is kept"
+            )
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"no space left on the disk ({text[:200]}): make room, then resume; all that was written before is kept"
+            return (
+                f"no space left on the disk ({text[:200]}): make room, then resume; all that was "
+                f"written before is kept"
+            )
         if isinstance(cause, OSError) and cause.filename is not None:
-            return f"{cause.filename} can't be used ({cause.strerror}): repair or remove it, then give the command again"
+            return (
+                f"{cause.filename} can't be used ({cause.strerror}): repair or remove it, then "
+                f"give the command again"
+            )
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:1000]} (--debug shows where)"
 
 
 def causes(error):
-    """Yield the error, the one that caused it, and so on: torch raises its own error where a file could not be written."""
+    """Yield the error, the one that caused it, and so on.
+
+    torch raises its own error where a file could not be written.
+    """
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

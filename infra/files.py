@@ -1,10 +1,13 @@
-"""Files that are whole or absent: atomic writes, checked reads, checksums."""
+"""Files that are whole or absent: atomic writes, checked reads, checksums.
 
-import errno
+Each guard is against an event in a user's life. A crash or a kill while a file is written: atomic
+writes. A bad disk: the checksums of zip entries, of JSON and of tensors. A wrong or an older file
+in the place: the format. Nothing here guards against a forged file; torch.load runs no code of one.
+"""
+
 import hashlib
 import json
 import os
-import stat
 import zipfile
 from contextlib import contextmanager, suppress
 
@@ -17,38 +20,28 @@ FORMAT = 3  # of checkpoints and artifacts; raise it when their content changes
 LAST_COMMIT = {2: "e156b6c"}  # the last commit that reads an earlier format
 
 
-JSON_BYTES, JSONL_BYTES = 20_000_000, 1_000_000_000  # a longer file is not of this program
-
-
-def open_regular(path, most=None):
-    """Open a file to read its bytes. Raises OSError if it is not a regular file or has more than `most` bytes."""
-    number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # without O_NONBLOCK, a FIFO waits for a writer
-    status = os.fstat(number)
-    reason = "" if stat.S_ISREG(status.st_mode) else "not a regular file"
-    if most is not None and status.st_size > most:
-        reason = f"more than {most:,} bytes"
-    if reason:
-        os.close(number)
-        raise OSError(errno.EINVAL, reason, str(path))
-    return open(number, "rb")
-
-
 def temporary(path):
-    """Return the path of this process's temporary file for `path`. What a killed process left there is removed."""
-    path = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    path.unlink(missing_ok=True)
-    return path
+    """Return the path of this process's temporary file for `path`."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def remove_temporary(folder, keep=None):
+    """Remove what killed processes left in a folder: NAME.PID.tmp, but not where NAME is `keep`."""
+    for path in folder.glob("*.tmp"):
+        is_kept = keep is not None and path.name.startswith(keep)
+        if not is_kept and not path.is_dir():
+            path.unlink()
 
 
 @contextmanager
 def atomic_write(path, keep=None):
-    """Yield a temporary binary file; flush it and rename it to `path` if the block succeeds, else delete it.
+    """Yield a temporary binary file; flush it and rename it to `path` if the block succeeds.
 
-    If `keep` is given, the old file is renamed to that.
+    Else it is deleted. If `keep` is given, the old file is renamed to that.
     """
     new = temporary(path)
     try:
-        with open(new, "xb") as file:
+        with open(new, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -61,40 +54,41 @@ def atomic_write(path, keep=None):
 
 
 @on_main_process
-def save(path, content, keep=None):
-    """Write a dict of tensors and plain values atomically with torch.save. The old file is kept as `keep`, if given."""
+def write_pt(path, content, keep=None):
+    """Write a dict of tensors and plain values atomically with torch.save.
+
+    The old file is kept as `keep`, if given.
+    """
     with atomic_write(path, keep) as file:
         torch.save({"format": FORMAT, **content}, file)
 
 
-def load(path):
-    """Return the dict that `save` wrote, with its tensors on the CPU.
+def read_pt(path):
+    """Return the dict that `write_pt` wrote, with its tensors on the CPU.
 
-    Raises RunError if the file is damaged or holds anything but tensors and plain values, and UsageError if an earlier
-    version of the program wrote it.
+    Raises RunError if the file is damaged or holds anything but tensors and plain values, and
+    UsageError if an earlier version of the program wrote it.
     """
     try:
-        with open_regular(path) as file:
-            check_zip(file)
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        found = content.get("format") if isinstance(content, dict) else None
-        if found != FORMAT and found not in LAST_COMMIT:
+        check_zip(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        version = content.get("format") if isinstance(content, dict) else None
+        if version != FORMAT and version not in LAST_COMMIT:
             raise ValueError("not a file of this program")
     except Exception as error:  # a damaged zip or pickle can raise nearly anything
         reason = str(error).strip().split("\n")[0][:100]
         raise RunError(f"{path} can't be read ({type(error).__name__}: {reason})") from None
-    if found != FORMAT:
-        raise UsageError(f"{path} was written by an earlier version of this program, which `git checkout {LAST_COMMIT[found]}` "
-                         f"brings back; or train under a new --exp_name")  # fmt: skip
+    if version != FORMAT:
+        raise UsageError(
+            f"{path} was written by an earlier version of this program, which "
+            f"`git checkout {LAST_COMMIT[version]}` brings back; or train under a new --exp_name"
+        )
     return content
 
 
-def check_zip(file):
-    """Raise ValueError if a file of torch.save is compressed or one of its checksums is wrong; torch.load checks neither."""
-    with zipfile.ZipFile(file) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("compressed")  # a few bytes could expand to gigabytes
+def check_zip(path):
+    """Raise ValueError if a checksum of a file of torch.save is wrong; torch.load checks none."""
+    with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged:
         raise ValueError(f"checksum of {damaged}")
@@ -111,6 +105,7 @@ def write_json(path, content):
 def link(source, target):
     """Give a file a second name, atomically; copy it where the file system has no hard links."""
     new = temporary(target)
+    new.unlink(missing_ok=True)
     try:
         os.link(source, new)
     except OSError:
@@ -127,11 +122,14 @@ def remove(path):
 
 
 def read_json(path):
-    """Return the content of a JSON file, {} if it is missing or damaged: what these files hold can be computed again."""
+    """Return the content of a JSON file, {} if it is missing or damaged.
+
+    What these files hold can be computed again.
+    """
     try:
-        with open_regular(path, JSON_BYTES) as file:
-            return json.loads(file.read())
-    except (OSError, ValueError, RecursionError):
+        with open(path, "rb") as file:
+            return json.load(file)
+    except (OSError, ValueError):
         return {}
 
 
@@ -145,7 +143,8 @@ def is_sealed(content):
     """Whether a value read from JSON is a dict that `sealed` returned, unchanged."""
     if not isinstance(content, dict):
         return False
-    return content.get("checksum") == json_checksum({name: value for name, value in content.items() if name != "checksum"})
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return content.get("checksum") == json_checksum(rest)
 
 
 def json_checksum(content):
@@ -154,21 +153,27 @@ def json_checksum(content):
 
 
 def read_sealed(path):
-    """Return the dict of a JSON file that was written with its checksum, {} if it is missing, damaged or changed."""
+    """Return the dict of a JSON file that was written with its checksum.
+
+    {} if it is missing, damaged or changed.
+    """
     content = read_json(path)
     return content if is_sealed(content) else {}
 
 
 def read_jsonl(path):
-    """Return the objects of a file with one JSON object per line, [] if it can't be read. Other lines are skipped."""
+    """Return the objects of a file with one JSON object per line, [] if it can't be read.
+
+    Other lines are skipped.
+    """
     try:
-        with open_regular(path, JSONL_BYTES) as file:
-            lines = file.read().split(b"\n")
+        with open(path, "rb") as file:
+            lines = file.readlines()
     except OSError:
         return []
     rows = []
     for line in lines:
-        with suppress(ValueError, RecursionError):
+        with suppress(ValueError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
 
@@ -176,14 +181,14 @@ def read_jsonl(path):
 def file_checksum(path):
     """Return 16 hexadecimal digits that change with any byte of a file, "" if it can't be read."""
     try:
-        with open_regular(path) as file:
+        with open(path, "rb") as file:
             return hashlib.sha256(file.read()).hexdigest()[:16]
     except OSError:
         return ""
 
 
 def checksum(*tensors):
-    """Return 16 hexadecimal digits that change with any bit of the tensors, or with their shapes or dtypes."""
+    """Return 16 hexadecimal digits that change with any bit of the tensors, their shape or dtype."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

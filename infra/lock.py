@@ -15,11 +15,13 @@ held = []  # the open lock files of this process
 
 @contextmanager
 def locked(path, wait=False):
-    """Hold the lock file `path` in its folder, which is made if need be. A folder that was made and stays empty is removed.
+    """Hold the lock file `path` in its folder, which is made if need be. A folder that was made and
+    stays empty is removed.
 
-    The lock is a flock: the system releases it when the process ends, however that ends. A leftover file has no effect. The
-    file holds the pid of its owner. wait: for as long as another process holds the lock. Raises RunError, with that pid, if
-    another process holds it, and OSError if the file can't be made. With several processes, the main one holds it for all.
+    The lock is a flock: the system releases it when the process ends, however that ends. A leftover
+    file has no effect. The file holds the pid of its owner. wait: for as long as another process
+    holds the lock. Raises RunError, with that pid, if another process holds it, and OSError if the
+    file can't be made. With several processes, the main one holds it for all.
     """
     made = [folder for folder in path.parents if not folder.exists()]
     file = take(path, wait)
@@ -69,7 +71,10 @@ def write_pid(file):
 
 
 def opened(path):
-    """Return the lock file, open for reading and writing, and made if need be. A link is not followed."""
+    """Return the lock file, open for reading and writing, and made if need be.
+
+    A link is not followed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(number).st_mode):
@@ -107,6 +112,8 @@ def is_locked(path):
 
 
 def close_inherited():
-    """Close the lock files that a forked process inherited: while they are open, the locks outlive their owner."""
+    """Close the lock files that a forked process inherited: while they are open, the locks outlive
+    their owner.
+    """
     while held:
         held.pop().close()

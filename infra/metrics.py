@@ -1,4 +1,4 @@
-"""What a run records beside its results: its launches and their environment, its metrics, its TensorBoard events."""
+"""What a run records beside its results: launches, metrics, TensorBoard events."""
 
 import functools
 import json
@@ -21,47 +21,75 @@ from infra import files
 from infra.console import PLAIN, log
 from infra.distributed import WORLD_SIZE, on_main_process
 
-POSITION = {"epoch", "step", "global_step", "probe_epoch"}  # keys of a line of metrics.jsonl that are not metrics
+# Keys of a line of metrics.jsonl that are not metrics.
+POSITION = {"epoch", "step", "global_step", "probe_epoch"}
 
 
 def environment(device, precision):
     """Return the hardware and software of a run, as a dict of plain values."""
     processor = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())  # some ARM processors have none
-        processor = found[1] if found else platform.machine()
+        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        processor = match[1] if match else platform.machine()  # some ARM processors have no name
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": numpy.__version__,
-                "Pillow": PIL.__version__}  # fmt: skip
-    return {"processor": processor, "cores": os.cpu_count(), "device": name, "precision": precision,
-            "python": platform.python_version(), **versions}  # fmt: skip
+    versions = {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "Pillow": PIL.__version__,
+    }
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "device": name,
+        "precision": precision,
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def git_commit():
-    """Return {"commit": of this program, "dirty": whether its files differ from it}, both None where git can't tell."""
-    git = ["git", "-C", Path(__file__).parent]
+    """Return {"commit": of this program, "dirty": whether its files differ from it}.
+
+    Both are None where git can't tell.
+    """
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        commit = git_output("rev-parse", "HEAD")
+        changes = git_output("status", "--porcelain")
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": bool(changes)}
 
 
+def git_output(*arguments):
+    """Return what a git command prints in the folder of this program."""
+    command = ["git", "-C", Path(__file__).parent, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def now():
+    """Return the time as a text, in UTC."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
 
 
 def read_launches(path):
-    """Return the launches of a run, the newest last, from its environment.json. Damaged ones are left out."""
+    """Return the launches of a run, the newest last, from its environment.json.
+
+    Damaged ones are left out.
+    """
     launches = files.read_json(path)
-    return [launch for launch in launches if files.is_sealed(launch)] if isinstance(launches, list) else []
+    if not isinstance(launches, list):
+        return []
+    return [launch for launch in launches if files.is_sealed(launch)]
 
 
 def cut_lines(path, n_bytes):
-    """Cut a file to n_bytes (None: leave its length) and to its last whole line. Return whether anything was cut."""
+    """Cut a file to n_bytes (None: leave its length) and to its last whole line.
+
+    Return whether anything was cut.
+    """
     try:
-        with files.open_regular(path) as file:
+        with open(path, "rb") as file:
             lines = file.read(-1 if n_bytes is None else n_bytes)
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
@@ -75,25 +103,35 @@ def cut_lines(path, n_bytes):
 
 
 class Journal:
-    """The record of one launch: an entry in environment.json, lines of metrics.jsonl, and TensorBoard events.
+    """The record of one launch, in environment.json, metrics.jsonl and TensorBoard events.
 
-    launch: a dict with what is known at the start. launches_path, metrics_path: the two files. board: a Board, or None.
-    Nothing is written before `begin`, so a launch that finds everything done leaves no trace. As a context manager it
-    records how the launch ended.
+    launch: a dict with what is known at the start. launches_path, metrics_path: the two files.
+    board: a Board, or None. Nothing is written before `begin`, so a launch that finds everything
+    done leaves no trace. As a context manager it records how the launch ended.
     """
 
     def __init__(self, launch, launches_path, metrics_path, board=None):
-        self.launches_path, self.metrics_path, self.board = launches_path, metrics_path, board
+        self.launches_path = launches_path
+        self.metrics_path = metrics_path
+        self.board = board
         self.launches = None  # until begin
-        self.launch = {**launch, "processes": WORLD_SIZE, "start": now(), "end": None, "outcome": None,
-                       "stages": [], "seconds": {}}  # fmt: skip
+        self.launch = {
+            **launch,
+            "processes": WORLD_SIZE,
+            "start": now(),
+            "end": None,
+            "outcome": None,
+            "stages": [],
+            "seconds": {},
+        }
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
         if self.launches is not None and error:
-            with suppress(OSError):  # a full disk, for example: the error that ended the launch is the one to report
+            # A full disk, for example: the error that ended the launch is the one to report.
+            with suppress(OSError):
                 self.write(outcome=" ".join(str(error).split())[:300] or kind.__name__, end=now())
         if self.board:
             self.board.close()
@@ -104,7 +142,10 @@ class Journal:
 
     @on_main_process
     def begin(self, stage=None, metrics_bytes=None):
-        """Record that the launch works on a stage. Cut metrics.jsonl to metrics_bytes first: later lines are written again."""
+        """Record that the launch works on a stage.
+
+        Cut metrics.jsonl to metrics_bytes first: later lines are written again.
+        """
         if self.launches is None:
             self.launches = read_launches(self.launches_path)
         self.write(stages=self.launch["stages"] + [stage] * bool(stage))
@@ -114,23 +155,33 @@ class Journal:
 
     @on_main_process
     def finish(self, metrics_bytes, result, seconds, collapse):
-        """Record the result of the probe ({} if there is none), the seconds per stage and the signs of collapse, unless that was
-        done before."""
-        launches, found = read_launches(self.launches_path), files.sealed(result)["checksum"] if result else None
-        if launches and (launches[-1]["outcome"], launches[-1].get("result")) == ("finished", found):
+        """Record how the launch ended, unless an earlier one ended with the same result.
+
+        result: that of the probe, {} if there is none. seconds: per stage. collapse: the collapse
+        metrics.
+        """
+        checksum = files.sealed(result)["checksum"] if result else None
+        launches = read_launches(self.launches_path)
+        last = launches[-1] if launches else {}
+        if last.get("outcome") == "finished" and last.get("result") == checksum:
             return
         self.begin(metrics_bytes=metrics_bytes)
         for epoch, (top1, top5) in enumerate(result.get("per_epoch", [])):
             self.add(probe_epoch=epoch, top1=top1, top5=top5)
         if result and self.board:
             self.board.add_result(self.launch["hparams"], result)
-        metrics = files.file_checksum(self.metrics_path)
-        self.write(outcome="finished", end=now(), seconds=seconds, collapse=collapse, result=found,
-                   metrics=metrics)  # fmt: skip
+        self.write(
+            outcome="finished",
+            end=now(),
+            seconds=seconds,
+            collapse=collapse,
+            result=checksum,
+            metrics=files.file_checksum(self.metrics_path),
+        )
 
     @on_main_process
     def add(self, **values):
-        """Append a line to metrics.jsonl, a JSON object, and its numbers to the TensorBoard scalars."""
+        """Append a line to metrics.jsonl, a JSON object. TensorBoard shows its numbers."""
         with open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         if self.board:
@@ -140,7 +191,7 @@ class Journal:
 def read_png(path):
     """Return the PIL image of a PNG file, None if there is none or it is damaged."""
     try:
-        with files.open_regular(path) as file:
+        with open(path, "rb") as file:
             image = Image.open(file, formats=("PNG",))
             image.load()
             return image
@@ -149,7 +200,10 @@ def read_png(path):
 
 
 def decoration(method):
-    """Decorate a method of Board: an error in it is a warning, and no events follow. A run does not stop for its TensorBoard."""
+    """Decorate a method of Board: an error in it is a warning, and no events follow.
+
+    A run does not stop for its TensorBoard.
+    """
 
     @functools.wraps(method)
     def guarded(self, *args):
@@ -163,22 +217,30 @@ def decoration(method):
 
 
 class Board:
-    """TensorBoard events in a folder, drawn from the lines of metrics.jsonl, with a picture, if its PNG file exists.
+    """TensorBoard events in a folder, drawn from the lines of metrics.jsonl.
 
-    Without the package tensorboard, and after an error, each method does nothing.
+    picture: a PNG file, which is shown too if it exists. Without the package tensorboard, and after
+    an error, each method does nothing.
     """
 
     def __init__(self, folder, picture):
-        self.folder, self.picture, self.writer, self.is_open = folder, picture, None, False
+        self.folder = folder
+        self.picture = picture
+        self.writer = None
+        self.is_open = False
 
     @decoration
     def open(self, lines):
-        """Write the events anew from the lines, so that they show no step twice, whatever happened before."""
+        """Write the events anew from the lines, so that they show no step twice."""
         self.is_open = True
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            log.warning("* No TensorBoard events: pip install tensorboard; metrics.jsonl has the same numbers", extra=PLAIN)
+            log.warning(
+                "* No TensorBoard events: pip install tensorboard; metrics.jsonl has the same "
+                "numbers",
+                extra=PLAIN,
+            )
             return
         self.close()
         for path in self.folder.glob("events.*"):
@@ -188,7 +250,8 @@ class Board:
             self.add_line(line)
         picture = read_png(self.picture)
         if picture:
-            self.writer.add_image(self.picture.stem, torchvision.transforms.functional.pil_to_tensor(picture))
+            pixels = torchvision.transforms.functional.pil_to_tensor(picture)
+            self.writer.add_image(self.picture.stem, pixels)
 
     @decoration
     def close(self):
@@ -197,13 +260,14 @@ class Board:
 
     @decoration
     def add_line(self, line):
-        """Show a line of metrics.jsonl: its numbers as scalars, or a setting that was changed as a text."""
+        """Show the numbers of a line of metrics.jsonl as scalars, or a changed setting as text."""
         stage = "train" if "global_step" in line else "probe"
         step = line.get("global_step", line.get("probe_epoch"))
         if not self.writer or not isinstance(step, int):
             return
         if "event" in line:
-            self.writer.add_text("changed", f"{line.get('name')}: {line.get('old')} -> {line.get('new')}", step)
+            text = f"{line.get('name')}: {line.get('old')} -> {line.get('new')}"
+            self.writer.add_text("changed", text, step)
             return
         for name in set(line) - POSITION:
             if isinstance(line[name], (int, float)):
@@ -217,7 +281,8 @@ class Board:
         from torch.utils.tensorboard.summary import hparams as summaries
 
         metrics = {f"result/{name}": result[name] for name in ("top1", "top5", "knn_top1")}
-        for summary in summaries({name: "" if value is None else value for name, value in hparams.items()}, metrics):
+        values = {name: "" if value is None else value for name, value in hparams.items()}
+        for summary in summaries(values, metrics):
             self.writer.file_writer.add_summary(summary)
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, 0)
@@ -225,14 +290,19 @@ class Board:
 
     @decoration
     def add_embeddings(self, split, embeddings, images, names, n_dims=50):
-        """Show embeddings (n, d) of a split in the tab PROJECTOR, with uint8 images (n, 3, H, W) and a name each.
+        """Show embeddings (n, d) of a split in the tab PROJECTOR.
 
-        Only the first n_dims principal components: TensorBoard stores text, and 1,000 x 4,096 numbers would be 50 MB.
+        images: uint8 (n, 3, H, W). names: one for each. Only the first n_dims principal components
+        are shown: TensorBoard stores text, and 1,000 x 4,096 numbers would be 50 MB.
         """
         if not self.writer:
             return
         x = embeddings - embeddings.mean(0)
         components = torch.linalg.svd(x, full_matrices=False).Vh[:n_dims]
-        sprites = F.interpolate(images.float() / 255, size=(32, 32), mode="bilinear", antialias=True)
-        (self.folder / "projector_config.pbtxt").unlink(missing_ok=True)  # add_embedding appends to it
+        sprites = F.interpolate(
+            images.float() / 255, size=(32, 32), mode="bilinear", antialias=True
+        )
+        (self.folder / "projector_config.pbtxt").unlink(
+            missing_ok=True
+        )  # add_embedding appends to it
         self.writer.add_embedding(x @ components.T, names, sprites, tag=split)

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1: stop at once, or at the end of a step. And the death of the process that started this one."""
+"""SIGINT, SIGTERM and SIGUSR1, and the death of the parent process."""
 
 import os
 import signal
@@ -6,7 +6,8 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM can be told to send SIGUSR1 before a job's time is over
+# SLURM can be told to send SIGUSR1 before a job's time is over.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -19,7 +20,10 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def handling(handler):
-    """Within the block, the signals STOPPING call the handler. In threads other than the main one it does nothing."""
+    """Within the block, the signals STOPPING call the handler.
+
+    In threads other than the main one it does nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -35,51 +39,60 @@ def handling(handler):
 def raise_signals():
     """Within the block, the first signal raises Interrupted; a second one ends the process at once.
 
-    Python swallows what a handler raises within some calls, as in os.fork. Then Interrupted is raised at the end of the block.
+    Python swallows what a handler raises within some calls, as in os.fork. Then Interrupted is
+    raised at the end of the block.
     """
-    noted = []
+    signals = []
 
-    def note_and_raise(signum, frame):
-        note(noted, signum)
+    def record_and_raise(signum, frame):
+        record(signals, signum)
         raise Interrupted(signum)
 
-    with handling(note_and_raise):
+    with handling(record_and_raise):
         yield
-    if noted:
-        raise Interrupted(noted[0])
+    if signals:
+        raise Interrupted(signals[0])
 
 
 @contextmanager
 def hold_signals(acknowledge=None):
     """Yield a list. The first signal is appended to it; a second one ends the process at once.
 
-    acknowledge: a function that a thread calls at the first signal. With it, both hold also while the main thread is in a long
-    call, such as a backward pass, during which Python runs no handlers. Not for a block that forks.
+    acknowledge: a function that a thread calls at the first signal. With it, both hold also while
+    the main thread is in a long call, such as a backward pass, during which Python runs no
+    handlers. Not for a block that forks.
     """
-    noted = []
-    with handling(lambda signum, frame: note(noted, signum)), answered(acknowledge) if acknowledge else nullcontext():
-        yield noted
+    signals = []
+    acknowledging = acknowledged(acknowledge) if acknowledge else nullcontext()
+    with handling(lambda signum, frame: record(signals, signum)), acknowledging:
+        yield signals
 
 
 @contextmanager
-def answered(acknowledge):
-    """Within the block, a thread calls acknowledge() at the first of STOPPING, and ends the process at the second."""
+def acknowledged(acknowledge):
+    """Within the block, a thread calls acknowledge() at the first signal.
+
+    At the second, it ends the process.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
 
-    def look():
+    def read_signals():
         n = 0
-        while numbers := os.read(read_end, 64):  # what the interpreter writes as a signal arrives; b"" at the end
-            for signum in set(numbers) & set(STOPPING):
-                n += numbers.count(signum)
-                if n > 1:
-                    os._exit(128 + signum)
-                acknowledge()
+        # The interpreter writes the number of a signal as it arrives. Closing the pipe ends it.
+        for signum in iter(lambda: os.read(read_end, 1), b""):
+            if signum[0] not in STOPPING:
+                continue
+            n += 1
+            if n > 1:
+                os._exit(128 + signum[0])
+            acknowledge()
 
-    thread, old = threading.Thread(target=look, daemon=True), signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    old = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    thread = threading.Thread(target=read_signals, daemon=True)
     thread.start()
     try:
         yield
@@ -90,18 +103,24 @@ def answered(acknowledge):
         os.close(read_end)
 
 
-def note(noted, signum):
-    if noted:
+def first_signal(signals):
+    """Return the first signal of a list that hold_signals yielded, 0 if there is none."""
+    return signals[0] if signals else 0
+
+
+def record(signals, signum):
+    """Append the first signal to the list. At the second, end the process."""
+    if signals:
         os._exit(128 + signum)
-    noted.append(signum)
+    signals.append(signum)
 
 
 def watch(pid, then, seconds=1.0):
-    """Call `then` in a thread when the process `pid`, the parent of this one, has ended, whatever ended it."""
+    """Call `then` in a thread when the process `pid`, the parent of this one, has ended."""
 
-    def look():
+    def wait():
         while os.getppid() == pid:
             time.sleep(seconds)
         then()
 
-    threading.Thread(target=look, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()

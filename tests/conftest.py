@@ -13,7 +13,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU; subproce
 
 
 def pytest_addoption(parser):
-    parser.addoption("--runs", type=int, default=10, help="kills of test_chaos.py, and a third of the rounds of test_campaign.py")
+    parser.addoption(
+        "--runs",
+        type=int,
+        default=10,
+        help="kills of test_chaos.py, and a third of the rounds of test_campaign.py",
+    )
     parser.addoption("--slow", action="store_true", help="the tests that are marked slow too")
 
 
@@ -51,7 +56,10 @@ def tiny(images):
 
 @pytest.fixture(scope="session")
 def finished(tiny, tmp_path_factory):
-    """The folder of such a run, undisturbed. Tests look at it and copy it, and change nothing in it."""
+    """The folder of such a run, undisturbed.
+
+    Tests look at it and copy it, and change nothing in it.
+    """
     logs = tmp_path_factory.mktemp("finished")
     result = run(*tiny, "--log_folder", logs)
     assert result.code == 0, result.err
@@ -69,7 +77,7 @@ def small_checkpoints(finished, tmp_path_factory):
     """A folder with last.pt and previous.pt of steps 9 and 8, a few kB each."""
     run = Run(tmp_path_factory.mktemp("small"))
     run.checkpoints.mkdir()
-    content = files.load(finished / "checkpoints" / "0.pt")
+    content = files.read_pt(finished / "checkpoints" / "0.pt")
     content["encoder"] = {"weight": torch.randn(20, 20)}
     content["optimizer"] = {0: {"momentum_buffer": torch.randn(20, 20)}}
     for step in (8, 9):

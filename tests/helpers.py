@@ -33,7 +33,9 @@ def run(*argv):
 
 def unexpected(err):
     """Return stderr without the warning of few steps: the runs of the tests are short."""
-    return re.sub("^warning: .* steps of training in all: this teaches little.*\n", "", err, flags=re.M)
+    return re.sub(
+        "^warning: .* steps of training in all: this teaches little.*\n", "", err, flags=re.M
+    )
 
 
 def trained_with(*changes, tiny, tmp_path):
@@ -68,14 +70,17 @@ def write_images(folder, n, seed):
 def pictures(n, height=32, width=32, seed=0, noise=0.1):
     """Return n images of smooth random colours and noise, uint8."""
     random = torch.Generator().manual_seed(seed)
-    smooth = F.interpolate(torch.randn(n, 3, 4, 4, generator=random), size=(height, width), mode="bicubic")
+    smooth = F.interpolate(
+        torch.randn(n, 3, 4, 4, generator=random), size=(height, width), mode="bicubic"
+    )
     x = 0.5 + 0.3 * smooth + noise * torch.randn(n, 3, height, width, generator=random)
     return x.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def contents(exp_dir):
-    """Return everything in a run folder but times and memory, comparable with ==: tensors as their bytes. environment.json and
-    tensorboard/ record launches and times; their own tests read them."""
+    """Return everything in a run folder but times and memory, comparable with ==: tensors as their
+    bytes. environment.json and tensorboard/ record launches and times; their own tests read them.
+    """
 
     def plain(value):
         if isinstance(value, torch.Tensor):
@@ -85,13 +90,20 @@ def contents(exp_dir):
         return [plain(v) for v in value] if isinstance(value, list) else value
 
     read = {
-        ".pt": files.load,
+        ".pt": files.read_pt,
         ".json": files.read_json,
         ".jsonl": lambda path: [json.loads(line) for line in path.read_text().splitlines()],
     }
     paths = sorted(path for path in exp_dir.rglob("*") if path.is_file())
-    paths = [path for path in paths if path.name != "environment.json" and "tensorboard" not in path.parts]
-    return {str(path.relative_to(exp_dir)): plain(read.get(path.suffix, Path.read_bytes)(path)) for path in paths}
+    paths = [
+        path
+        for path in paths
+        if path.name != "environment.json" and "tensorboard" not in path.parts
+    ]
+    return {
+        str(path.relative_to(exp_dir)): plain(read.get(path.suffix, Path.read_bytes)(path))
+        for path in paths
+    }
 
 
 def training_lines(exp_dir):
@@ -101,14 +113,27 @@ def training_lines(exp_dir):
 
 def fingerprints(exp_dir):
     """Return bytes and times of all files: equal only if nothing was written."""
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(exp_dir.rglob("*")) if path.is_file()}
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(exp_dir.rglob("*"))
+        if path.is_file()
+    }
 
 
 def changed_files(exp_dir, before):
-    """Return the names of the files that differ from those fingerprints. Those of the journal, which each launch writes, are
-    left out."""
-    ours = {path: value for path, value in fingerprints(exp_dir).items() if "tensorboard" not in path.parts}
-    return {path.name for path, value in ours.items() if before.get(path) != value} - {"environment.json", "metrics.jsonl"}
+    """Return the names of the files that differ from those fingerprints.
+
+    Those of the journal, which each launch writes, are left out.
+    """
+    ours = {
+        path: value
+        for path, value in fingerprints(exp_dir).items()
+        if "tensorboard" not in path.parts
+    }
+    return {path.name for path, value in ours.items() if before.get(path) != value} - {
+        "environment.json",
+        "metrics.jsonl",
+    }
 
 
 def edit(exp_dir, **values):
@@ -123,4 +148,4 @@ def edit(exp_dir, **values):
 
 def step_of(path):
     """Return the steps that a checkpoint has done, over all epochs."""
-    return files.load(path)["state"]["step"]
+    return files.read_pt(path)["state"]["step"]

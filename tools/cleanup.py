@@ -7,13 +7,28 @@ from infra.console import log
 from infra.errors import RunError, UsageError
 
 
-def add_commands(commands):
+def add_cleanup(commands):
     """Add the command cleanup."""
-    parser = commands.add_parser("cleanup", help="remove old checkpoints", description=(
-        "Remove the older epoch checkpoints of every experiment in a folder; the newest always stays."))  # fmt: skip
-    parser.add_argument("--log_folder", default=Path("logs/EMP-SSL-Training"), type=Path,
-                        help="folder of run folders (default: logs/EMP-SSL-Training)")  # fmt: skip
-    parser.add_argument("--keep", default=2, type=int, metavar="N", help="epoch checkpoints to keep of each (default: 2)")
+    parser = commands.add_parser(
+        "cleanup",
+        help="remove old checkpoints",
+        description=(
+            "Remove the older epoch checkpoints of every experiment in a folder; the newest always stays."
+        ),
+    )
+    parser.add_argument(
+        "--log_folder",
+        default=Path("logs/EMP-SSL-Training"),
+        type=Path,
+        help="folder of run folders (default: logs/EMP-SSL-Training)",
+    )
+    parser.add_argument(
+        "--keep",
+        default=2,
+        type=int,
+        metavar="N",
+        help="epoch checkpoints to keep of each (default: 2)",
+    )
     parser.add_argument("-y", dest="yes", action="store_true", help="do not ask")
     parser.set_defaults(command=cleanup_command)
 
@@ -24,7 +39,9 @@ def cleanup_command(args):
         raise UsageError(f"keep must be at least 1, not {args.keep}")
     if not args.log_folder.is_dir():
         raise UsageError(f"log_folder {args.log_folder} is not a folder")
-    runs = [run for run in map(Run, sorted(args.log_folder.iterdir())) if run.hparams_yaml.is_file()]
+    runs = [
+        run for run in map(Run, sorted(args.log_folder.iterdir())) if run.hparams_yaml.is_file()
+    ]
     old = [path for run in runs for path in old_checkpoints(run, args.keep)]
     size = sum(path.stat().st_size for path in old)
     for path in old:
@@ -39,7 +56,10 @@ def cleanup_command(args):
 
 
 def old_checkpoints(run, keep):
-    """Return the epoch checkpoints that are older than the newest `keep` whole ones, in order. Damaged ones do not count."""
+    """Return the epoch checkpoints that are older than the newest `keep` whole ones, in order.
+
+    Damaged ones do not count.
+    """
     paths, n_whole = run.epoch_checkpoints(), 0
     while paths and n_whole < keep:
         path = paths.pop()

@@ -17,31 +17,59 @@ ACCURACIES, SIGNS = ("top1", "top5", *METRICS), ("rank", "alignment", "uniformit
 RESULTS = (*ACCURACIES, *SIGNS, "seconds", "device", "status")
 FINISHED, NO_PROBE = "finished", "finished, no probe"  # states of a run whose results count
 COMPARED = [name for name, setting in SETTINGS.items() if setting.stage != "none"]
-SHOWN = {"top1": 2, "knn_top1": 2, "rank": 1, "seconds": 0}  # columns for people, and their digits after the point
+SHOWN = {
+    "top1": 2,
+    "knn_top1": 2,
+    "rank": 1,
+    "seconds": 0,
+}  # columns for people, and their digits after the point
 
 
-def add_commands(commands):
+def add_compare(commands):
     """Add the command compare."""
-    parser = commands.add_parser("compare", help="the experiments of a folder as a table", description=(
-        "The experiments of a folder as a table: accuracies in percent, effective rank, seconds, changed settings, and what is "
-        "not finished. Runs that differ in their seed alone are one line: their mean, and the range of top-1."))
-    parser.add_argument("log_folder", type=Path, metavar="LOG_FOLDER", help="folder of run folders, or of such folders")
-    parser.add_argument("--csv", action="store_true", help="comma-separated values: a line and all results for each run")
-    parser.add_argument("--sort", metavar="KEY", help="sort by this column; accuracies descending (default: by name)")
+    parser = commands.add_parser(
+        "compare",
+        help="the experiments of a folder as a table",
+        description=(
+            "The experiments of a folder as a table: accuracies in percent, effective rank, seconds, changed settings, and what is "
+            "not finished. Runs that differ in their seed alone are one line: their mean, and the range of top-1."
+        ),
+    )
+    parser.add_argument(
+        "log_folder",
+        type=Path,
+        metavar="LOG_FOLDER",
+        help="folder of run folders, or of such folders",
+    )
+    parser.add_argument(
+        "--csv",
+        action="store_true",
+        help="comma-separated values: a line and all results for each run",
+    )
+    parser.add_argument(
+        "--sort",
+        metavar="KEY",
+        help="sort by this column; accuracies descending (default: by name)",
+    )
     parser.set_defaults(command=compare_command)
 
 
 def compare_command(args):
     """Print the table."""
     columns, rows = table(args.log_folder, args.sort)
-    log.info(as_csv(columns, rows) if args.csv else as_text(columns, rows, shutil.get_terminal_size().columns))
+    log.info(
+        as_csv(columns, rows)
+        if args.csv
+        else as_text(columns, rows, shutil.get_terminal_size().columns)
+    )
 
 
 def table(log_folder, sort=None):
-    """Return (columns, rows). The columns are the name, the settings that differ, and RESULTS. A row is a dict.
+    """Return (columns, rows). The columns are the name, the settings that differ, and RESULTS. A
+    row is a dict.
 
-    sort: a column; accuracies descending, others ascending, unknown values last. Default: by name. Raises UsageError if there
-    is no experiment, or no such column.
+    sort: a column; accuracies descending, others ascending, unknown values last. Default: by name.
+    Raises UsageError if there is no experiment, or no such column.
     """
     folder = Path(log_folder)
     runs = run_folders(folder.glob("*")) or run_folders(folder.glob("*/*"))
@@ -65,7 +93,9 @@ def run_folders(paths):
 
 def sorted_by(column, rows):
     known = [row for row in rows if row.get(column) is not None]
-    known.sort(key=lambda row: (isinstance(row[column], str), row[column]), reverse=column in ACCURACIES)
+    known.sort(
+        key=lambda row: (isinstance(row[column], str), row[column]), reverse=column in ACCURACIES
+    )
     return known + [row for row in rows if row.get(column) is None]
 
 
@@ -95,7 +125,10 @@ def read_run(run):
 
 
 def status(run, hp):
-    """Return what became of a run. Its results count only if they are those of its hparams.yaml as it is now."""
+    """Return what became of a run.
+
+    Its results count only if they are those of its hparams.yaml as it is now.
+    """
     if run.in_use():
         return f"running, {progress(run)}"
     launches = run.read_launches()
@@ -108,7 +141,11 @@ def status(run, hp):
         return f"edited since it finished ({', '.join(edited)}): resume it"
     if launches[-1]["result"] is None:
         return NO_PROBE
-    return FINISHED if run.read_result() else f"finished, but its {run.result.name} is missing or damaged: resume it"
+    return (
+        FINISHED
+        if run.read_result()
+        else f"finished, but its {run.result.name} is missing or damaged: resume it"
+    )
 
 
 def progress(run):
@@ -117,7 +154,10 @@ def progress(run):
 
 
 def as_text(columns, rows, width=80):
-    """Return the table for people, as wide as a terminal. Finished runs that differ in their seed alone share a line."""
+    """Return the table for people, as wide as a terminal.
+
+    Finished runs that differ in their seed alone share a line.
+    """
     settings = [name for name in columns if name not in ("experiment", *RESULTS)]
     lines = [["experiment", "runs", *SHOWN, "changed settings"]]
     for group in grouped(rows, settings):
@@ -128,22 +168,33 @@ def as_text(columns, rows, width=80):
     text = []
     for line in lines:
         start = "".join(cell.ljust(n + 2) for cell, n in zip(line, widths, strict=False))
-        text += textwrap.wrap(line[-1], max(width, len(start) + 20), initial_indent=start, subsequent_indent=" " * len(start),
-                              break_on_hyphens=False) or [start.rstrip()]  # fmt: skip
+        text += textwrap.wrap(
+            line[-1],
+            max(width, len(start) + 20),
+            initial_indent=start,
+            subsequent_indent=" " * len(start),
+            break_on_hyphens=False,
+        ) or [start.rstrip()]
     return "\n".join(text)
 
 
 def grouped(rows, settings):
-    """Return lists of rows: finished ones with the same settings but for the seed, and each other one alone."""
+    """Return lists of rows: finished ones with the same settings but for the seed, and each other
+    one alone.
+    """
     groups = {}
     for i, row in enumerate(rows):
         same = [str(row.get(name)) for name in settings if name != "seed"]
-        groups.setdefault(tuple(same) if row["status"] in (FINISHED, NO_PROBE) else i, []).append(row)
+        groups.setdefault(tuple(same) if row["status"] in (FINISHED, NO_PROBE) else i, []).append(
+            row
+        )
     return list(groups.values())
 
 
 def cells(group):
-    """Return the text of each column of SHOWN for runs that share a line: the means, and the range of top-1."""
+    """Return the text of each column of SHOWN for runs that share a line: the means, and the range
+    of top-1.
+    """
     texts = [str(len(group))]
     for name, digits in SHOWN.items():
         values = [row[name] for row in group if row.get(name) is not None]
@@ -155,10 +206,17 @@ def cells(group):
 
 
 def told(group, settings):
-    """Return, as a text, the settings in which runs differ and that are not the default, and the status if it is not finished."""
+    """Return, as a text, the settings in which runs differ and that are not the default, and the
+    status if it is not finished.
+    """
     row = group[0]
-    parts = [f"{name}={row[name]}" for name in settings if name in row and row[name] != SETTINGS[name].default
-             and (name != "seed" or len(group) == 1)]  # fmt: skip
+    parts = [
+        f"{name}={row[name]}"
+        for name in settings
+        if name in row
+        and row[name] != SETTINGS[name].default
+        and (name != "seed" or len(group) == 1)
+    ]
     return " ".join(parts + ([] if row["status"] == FINISHED else [f"({row['status']})"]))
 
 

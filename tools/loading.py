@@ -1,6 +1,9 @@
-"""The code that loads an exported network, as a Python file without this program. It needs torchvision, timm or onnxruntime."""
+"""The code that loads an exported network, as a Python file without this program.
 
-from backbones import BACKBONES, TIMM, create
+It needs torchvision, timm or onnxruntime.
+"""
+
+from model import BACKBONES, TIMM, create_timm_model
 
 PROGRAM = '''"""Load {file}. `python {name}.py IMAGE ...` prints the features of images."""
 
@@ -35,17 +38,24 @@ if __name__ == "__main__":
 
 
 def code(kind, file, description):
-    """Return the code for a file of an export. kind: a key of export.EXTENSIONS. description: what export.describe returns."""
+    """Return the code for a file of an export. kind: a key of export.EXTENSIONS. description: what
+    export.describe returns.
+    """
     size, dim = description["input_size"], description["dim"]
     name = f"{file.partition('.')[0]}_{kind}"
     if kind == "onnx":
-        load = ["session = onnxruntime.InferenceSession(FILE)", 'return lambda x: session.run(["features"], {"images": x})[0]']
+        load = [
+            "session = onnxruntime.InferenceSession(FILE)",
+            'return lambda x: session.run(["features"], {"images": x})[0]',
+        ]
         imports, call = ["import onnxruntime"], "*network(read(path))"
     else:
         imports, load = torch_code(kind, description)
         call = "*network(torch.from_numpy(read(path))).tolist()"
     lines = "".join(f"    {line}\n" for line in load)
-    return PROGRAM.format(file=file, name=name, imports="\n".join(imports), size=size, dim=dim, load=lines, call=call)
+    return PROGRAM.format(
+        file=file, name=name, imports="\n".join(imports), size=size, dim=dim, load=lines, call=call
+    )
 
 
 def torch_code(kind, description):
@@ -55,7 +65,10 @@ def torch_code(kind, description):
     if arch.startswith(TIMM):
         imports.append("import timm")
         name = arch.removeprefix(TIMM)
-        options = "".join(f", {option}={value}" for option, value in create(name, description["input_size"])[1].items())
+        options = "".join(
+            f", {option}={value}"
+            for option, value in create_timm_model(name, description["input_size"])[1].items()
+        )
         lines = [f'model = timm.create_model("{name}", num_classes=0{options})']
         lines += [f"model = torch.nn.Sequential(model, {head})"] if head else []
     else:
@@ -66,7 +79,11 @@ def torch_code(kind, description):
         weights = "safetensors.torch.load_file(FILE)"
     else:
         weights = "torch.load(FILE, weights_only=True)"
-    return sorted(imports), [*lines, f"model.load_state_dict({weights})", "return model.eval().requires_grad_(False)"]
+    return sorted(imports), [
+        *lines,
+        f"model.load_state_dict({weights})",
+        "return model.eval().requires_grad_(False)",
+    ]
 
 
 def resnet_lines(arch, head):
@@ -75,7 +92,10 @@ def resnet_lines(arch, head):
     (resnet,) = build.args
     lines = [f"model = torchvision.models.{resnet.__name__}()"]
     if build.keywords["small_stem"]:
-        lines += ["model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)", "model.maxpool = torch.nn.Identity()"]
+        lines += [
+            "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)",
+            "model.maxpool = torch.nn.Identity()",
+        ]
     lines += [f"model.{name} = torch.nn.Identity()" for name in build.keywords.get("removed", ())]
     return [*lines, f"model.fc = {head or 'torch.nn.Identity()'}"]
 

@@ -17,21 +17,51 @@ from model import Encoder
 
 
 def test_a_preset_is_ordinary_hyperparameters(finished, tmp_path):
-    options = ["--dataset", "textures", "--n_epochs", "0", "--n_eval_epochs", "1", "--n_images", "100", "--test_patches", "1"]
-    result = run("train", "--preset", "one-minute", *options, "--log_folder", tmp_path)
+    options = [
+        "--dataset",
+        "textures",
+        "--n_epochs",
+        "0",
+        "--n_eval_epochs",
+        "1",
+        "--n_images",
+        "100",
+        "--test_patches",
+        "16",
+    ]
+    result = run("train", "--preset", "laptop", *options, "--log_folder", tmp_path)
     assert result.code == 0, result.err
     hp = vars(Run(next(tmp_path.iterdir())).read_hparams())
-    given = {"dataset": "textures", "n_epochs": 0, "n_eval_epochs": 1, "n_images": 100, "test_patches": 1}
+    given = {
+        "dataset": "textures",
+        "n_epochs": 0,
+        "n_eval_epochs": 1,
+        "n_images": 100,
+        "test_patches": 16,
+    }
     defaults = {name: setting.default for name, setting in SETTINGS.items()}
-    assert hp == {**defaults, **PRESETS["one-minute"], **given}
-    result = run("train", "--preset", "one-minute", "--config_from", finished, "--log_folder", tmp_path)
+    assert hp == {**defaults, **PRESETS["laptop"], **given}
+    result = run("train", "--preset", "laptop", "--config_from", finished, "--log_folder", tmp_path)
     assert (result.code, len(list(tmp_path.iterdir()))) == (2, 1)
 
 
 def test_config_from_another_run(finished, tmp_path):
-    result = run("train", "--config_from", finished, "--exp_name", "new", "--n_epochs", "1", "--log_folder", tmp_path)
+    result = run(
+        "train",
+        "--config_from",
+        finished,
+        "--exp_name",
+        "new",
+        "--n_epochs",
+        "1",
+        "--log_folder",
+        tmp_path,
+    )
     assert result.code == 0, result.err
-    there, here = vars(Run(finished).read_hparams()), vars(Run(tmp_path / RUN.replace("default", "new")).read_hparams())
+    there, here = (
+        vars(Run(finished).read_hparams()),
+        vars(Run(tmp_path / RUN.replace("default", "new")).read_hparams()),
+    )
     assert here == {**there, "n_epochs": 1}
     result = run("train", "--config_from", finished, "--log_folder", finished.parent)
     assert result.code == 2
@@ -61,7 +91,9 @@ def test_precision_auto_and_unknown_devices(monkeypatch, tmp_path):
     assert [device.pick_precision(name, cpu) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
     monkeypatch.setattr(device.os.path, "exists", lambda path: True)
     for flags, expected in (("fpu avx2 avx512f", "fp32"), ("avx512f avx512_bf16", "bf16")):
-        monkeypatch.setattr(device.Path, "read_text", lambda self, flags=flags: f"flags : {flags}\n")
+        monkeypatch.setattr(
+            device.Path, "read_text", lambda self, flags=flags: f"flags : {flags}\n"
+        )
         assert device.pick_precision("auto", cpu) == expected
     monkeypatch.undo()
     for name in ("cuda", "cuda:3", "tpu", "cuda:x", "meta"):
@@ -110,8 +142,11 @@ def test_help_lists_every_option_with_its_default():
 
 
 def test_importing_does_nothing(tmp_path):
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for folder in (".", "infra", "tools")
-             for path in sorted(ROOT.glob(f"{folder}/*.py"))]  # fmt: skip
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for folder in (".", "infra", "tools")
+        for path in sorted(ROOT.glob(f"{folder}/*.py"))
+    ]
     code = f"import {', '.join(names)}, torch; assert not torch.cuda.is_initialized()"
     command, environment = [sys.executable, "-c", code, "--bogus"], {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
@@ -153,10 +188,29 @@ def test_labels_from_a_csv_file(tiny, images, finished, tmp_path):
         ("\n".join(row.replace("down", "across") for row in rows), "fewer than two labels"),
     ):
         file.write_text(text)
-        result = run(*tiny, "--data_dir", tmp_path / "data", "--labels", file, "--log_folder", tmp_path / "no")
+        result = run(
+            *tiny,
+            "--data_dir",
+            tmp_path / "data",
+            "--labels",
+            file,
+            "--log_folder",
+            tmp_path / "no",
+        )
         assert (result.code, words in result.err) == (2, True), result.err
     file.unlink()
-    assert "can't be read" in run(*tiny, "--data_dir", tmp_path / "data", "--labels", file, "--log_folder", tmp_path / "no").err
+    assert (
+        "can't be read"
+        in run(
+            *tiny,
+            "--data_dir",
+            tmp_path / "data",
+            "--labels",
+            file,
+            "--log_folder",
+            tmp_path / "no",
+        ).err
+    )
 
 
 def test_resume_takes_settings_by_the_rules_of_an_edit(copy):

@@ -26,7 +26,16 @@ from weights import build_encoder
 def imagenet(tiny, tmp_path_factory):
     """The folder of a run with the ImageNet stem."""
     logs = tmp_path_factory.mktemp("imagenet")
-    options = ["--arch", "resnet18-imagenet", "--n_epochs", "0.5", "--input_size", "32", "--n_eval_epochs", "1"]
+    options = [
+        "--arch",
+        "resnet18-imagenet",
+        "--n_epochs",
+        "0.5",
+        "--input_size",
+        "32",
+        "--n_eval_epochs",
+        "1",
+    ]
     assert run(*tiny, *options, "--log_folder", logs).code == 0
     return logs / RUN
 
@@ -35,13 +44,18 @@ def exported(exp_dir, kind, *more):
     result = run("export", "--exp_dir", exp_dir, "--format", kind, *more)
     assert result.code == 0, result.err
     path = exp_dir / "export" / ("encoder" if more else "backbone")
-    assert {p.name for p in path.parent.iterdir()} >= {path.name + export.EXTENSIONS[kind], path.name + ".json"}
-    return path.with_suffix(export.EXTENSIONS[kind]), json.loads(path.with_suffix(".json").read_text())
+    assert {p.name for p in path.parent.iterdir()} >= {
+        path.name + export.EXTENSIONS[kind],
+        path.name + ".json",
+    }
+    return path.with_suffix(export.EXTENSIONS[kind]), json.loads(
+        path.with_suffix(".json").read_text()
+    )
 
 
 def outputs(exp_dir, x):
     """What the run's own encoder makes of x: of the backbone, and h."""
-    encoder = build_encoder(Run(exp_dir).read_hparams(), Run(exp_dir).newest_checkpoint()).eval()
+    encoder = build_encoder(Run(exp_dir).load("cpu")).eval()
     with torch.no_grad():
         return encoder.backbone(x), encoder(x)[0]
 
@@ -51,9 +65,13 @@ def head():
 
 
 def same(module, x, expected):
-    """To 1e-5 of the greatest: the running statistics of so few steps leave features of some thousands."""
+    """To 1e-5 of the greatest: the running statistics of so few steps leave features of some
+    thousands.
+    """
     with torch.no_grad():
-        torch.testing.assert_close(module.eval()(x), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(
+            module.eval()(x), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+        )
 
 
 X = 2 * torch.rand(5, 3, 32, 32, generator=generator(0, "x")) - 1
@@ -64,14 +82,18 @@ def test_torchvision_loads_it_strictly(imagenet):
     for more, fc, expected in (((), nn.Identity(), features), (("--head",), head(), h)):
         model = torchvision.models.resnet18()
         model.fc = fc
-        model.load_state_dict(torch.load(exported(imagenet, "torchvision", *more)[0], weights_only=True), strict=True)
+        model.load_state_dict(
+            torch.load(exported(imagenet, "torchvision", *more)[0], weights_only=True), strict=True
+        )
         same(model, X, expected)
 
 
 def test_timm_loads_it_strictly(imagenet):
     timm = pytest.importorskip("timm")
     model = timm.create_model("resnet18", num_classes=0)
-    model.load_state_dict(torch.load(exported(imagenet, "torchvision")[0], weights_only=True), strict=True)
+    model.load_state_dict(
+        torch.load(exported(imagenet, "torchvision")[0], weights_only=True), strict=True
+    )
     same(model, X, outputs(imagenet, X)[0])
 
 
@@ -81,7 +103,9 @@ def test_a_backbone_for_small_images(finished, tmp_path):
     model = torchvision.models.resnet18()
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = model.layer3 = model.layer4 = model.fc = nn.Identity()
-    model.load_state_dict(torch.load(exported(exp_dir, "torchvision")[0], weights_only=True), strict=True)
+    model.load_state_dict(
+        torch.load(exported(exp_dir, "torchvision")[0], weights_only=True), strict=True
+    )
     same(model, X, outputs(exp_dir, X)[0])
 
 
@@ -109,21 +133,49 @@ def test_onnxruntime_agrees(request, tmp_path, run_folder):
         session = onnxruntime.InferenceSession(path)
         for n in (1, 5):
             (ours,) = session.run(["features"], {"images": x[:n].numpy()})
-            np.testing.assert_allclose(ours, expected[:n], rtol=0, atol=1e-4 * max(1, expected.abs().max()))
+            np.testing.assert_allclose(
+                ours, expected[:n], rtol=0, atol=1e-4 * max(1, expected.abs().max())
+            )
         assert (description["input_size"], description["dim"]) == (size, ours.shape[1])
-    assert {p.suffix for p in (exp_dir / "export").iterdir()} == {".onnx", ".json", ".py"}  # no weights beside it
+    assert {p.suffix for p in (exp_dir / "export").iterdir()} == {
+        ".onnx",
+        ".json",
+        ".py",
+    }  # no weights beside it
 
 
-@pytest.mark.parametrize(("arch", "kind", "more"), [
-    ("resnet18-tiny", "torchvision", ()), ("resnet18-mini", "safetensors", ("--head",)), ("resnet18-tiny", "onnx", ("--head",)),
-    ("resnet50-imagenet", "torchvision", ("--head",)), ("timm/resnet10t", "torchvision", ("--head",)),
-    ("timm/vit_tiny_patch16_224", "safetensors", ()),
-])  # fmt: skip
-def test_the_code_beside_an_export_loads_it_without_this_program(tiny, images, tmp_path, arch, kind, more):
+@pytest.mark.parametrize(
+    ("arch", "kind", "more"),
+    [
+        ("resnet18-tiny", "torchvision", ()),
+        ("resnet18-mini", "safetensors", ("--head",)),
+        ("resnet18-tiny", "onnx", ("--head",)),
+        ("resnet50-imagenet", "torchvision", ("--head",)),
+        ("timm/resnet10t", "torchvision", ("--head",)),
+        ("timm/vit_tiny_patch16_224", "safetensors", ()),
+    ],
+)
+def test_the_code_beside_an_export_loads_it_without_this_program(
+    tiny, images, tmp_path, arch, kind, more
+):
     """Run as a user runs it, in a folder of its own, on an image of which it takes the middle."""
-    for module in [*export.PACKAGES[kind], *(["onnxruntime"] if kind == "onnx" else []), *(["timm"] if "timm" in arch else [])]:
+    for module in [
+        *export.PACKAGES[kind],
+        *(["onnxruntime"] if kind == "onnx" else []),
+        *(["timm"] if "timm" in arch else []),
+    ]:
         pytest.importorskip(module)
-    options = ["--arch", arch, "--input_size", "32", "--n_epochs", "0", "--no-batch_norm", "--n_eval_epochs", "1"]
+    options = [
+        "--arch",
+        arch,
+        "--input_size",
+        "32",
+        "--n_epochs",
+        "0",
+        "--no-batch_norm",
+        "--n_eval_epochs",
+        "1",
+    ]
     assert run(*tiny, *options, "--log_folder", tmp_path).code == 0
     path, description = exported(tmp_path / RUN, kind, *more)
     pixels = torchvision.io.read_image(images / "test" / "down" / "0.png")
@@ -133,17 +185,26 @@ def test_the_code_beside_an_export_loads_it_without_this_program(tiny, images, t
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     name, *features = done.stdout.replace("[", "").replace("]", "").replace(",", " ").split()
-    middle = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((32, 32), Image.Resampling.BILINEAR)
+    middle = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(
+        (32, 32), Image.Resampling.BILINEAR
+    )
     x = torchvision.transforms.functional.pil_to_tensor(middle)[None] / 127.5 - 1
     expected = outputs(tmp_path / RUN, x)[bool(more)]
     assert name == str(tmp_path / "photo.png") and len(features) == description["dim"]
-    torch.testing.assert_close(torch.tensor([[float(feature) for feature in features]]), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor([[float(feature) for feature in features]]), expected, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_the_encoder_in_python(finished, images, tmp_path):
     """A text as the path of the run; a file that can't be read; images as a tensor."""
-    encoder, cached = emp_ssl.load(str(finished), "cpu"), files.load(finished / "artifacts" / "test.pt")["embeddings"]
-    names = [str(images / "test" / name / f"{i}.png") for name in ("across", "down") for i in range(5)]
+    encoder, cached = (
+        emp_ssl.load(str(finished), "cpu"),
+        files.read_pt(finished / "artifacts" / "test.pt")["embeddings"],
+    )
+    names = [
+        str(images / "test" / name / f"{i}.png") for name in ("across", "down") for i in range(5)
+    ]
     (tmp_path / "no.png").write_bytes(b"no image")
     embeddings, paths = encoder.embed([tmp_path / "no.png", *names])
     assert [str(path) for path in paths] == names
@@ -156,19 +217,29 @@ def test_the_encoder_in_python(finished, images, tmp_path):
 
 
 def test_the_description_prepares_an_image_as_the_program_does(finished, images, tmp_path):
-    """Resize and cut by hand, normalise as it says, average over the grid: the embedding that the run has cached."""
+    """Resize and cut by hand, normalise as it says, average over the grid: the embedding that the
+    run has cached.
+    """
     exp_dir = shutil.copytree(finished, tmp_path / "run")
     _, description = exported(exp_dir, "torchvision", "--head")
     assert description["class_names"] == ["across", "down"]
-    assert (description["image_size"], description["input_size"], description["views"]) == (16, 16, {"kind": "grid", "n": 1})
+    assert (description["image_size"], description["input_size"], description["views"]) == (
+        16,
+        16,
+        {"kind": "grid", "n": 1},
+    )
     pixels = torchvision.io.read_image(next(iter(sorted((images / "test" / "across").iterdir()))))
-    patch = torchvision.transforms.functional.resize(pixels[:, 4:12, 4:12].float() / 255, [16, 16])  # one view: the middle
+    patch = torchvision.transforms.functional.resize(
+        pixels[:, 4:12, 4:12].float() / 255, [16, 16]
+    )  # one view: the middle
     x = torchvision.transforms.functional.normalize(patch, **description["normalisation"])
-    cached = files.load(exp_dir / "artifacts" / "test.pt")["embeddings"][:1]
+    cached = files.read_pt(exp_dir / "artifacts" / "test.pt")["embeddings"][:1]
     torch.testing.assert_close(outputs(exp_dir, x[None])[1], cached, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "module"), [("safetensors", "safetensors"), ("onnx", "onnx"), ("onnx", "onnxscript")])
+@pytest.mark.parametrize(
+    ("kind", "module"), [("safetensors", "safetensors"), ("onnx", "onnx"), ("onnx", "onnxscript")]
+)
 def test_a_missing_package_is_named(finished, monkeypatch, kind, module):
     before = fingerprints(finished)
     monkeypatch.setitem(sys.modules, module, None)
@@ -180,13 +251,15 @@ def test_a_missing_package_is_named(finished, monkeypatch, kind, module):
 
 def test_embeddings_of_a_folder_are_those_of_the_run(finished, images, tmp_path):
     out = tmp_path / "test.npz"
-    result = run("embed", "--exp_dir", finished, "--images", images / "test", "--out", out, "--device", "cpu")
+    result = run(
+        "embed", "--exp_dir", finished, "--images", images / "test", "--out", out, "--device", "cpu"
+    )
     assert result.code == 0, result.err
     with np.load(out) as content:  # no pickle
         embeddings, paths = content["embeddings"], content["paths"]
     assert paths.tolist() == [f"{name}/{i}.png" for name in ("across", "down") for i in range(5)]
     assert embeddings.dtype == np.float32
-    cached = files.load(finished / "artifacts" / "test.pt")["embeddings"]
+    cached = files.read_pt(finished / "artifacts" / "test.pt")["embeddings"]
     np.testing.assert_allclose(embeddings, cached, rtol=1e-5, atol=1e-6)
 
 
@@ -205,7 +278,10 @@ def test_embed_leaves_out_what_it_cannot_read(finished, images, tmp_path):
 def test_an_encoder_on_the_way_says_so(finished, tmp_path):
     exp_dir = shutil.copytree(finished, tmp_path / "run")
     edit(exp_dir, n_epochs=3)
-    assert "Training is at epoch 2 step 0, not at its end" in run("export", "--exp_dir", exp_dir, "--format", "torchvision").out
+    assert (
+        "Training is at epoch 2 step 0, not at its end"
+        in run("export", "--exp_dir", exp_dir, "--format", "torchvision").out
+    )
 
 
 def test_wrong_use(finished, images, tmp_path):
@@ -223,5 +299,8 @@ def test_wrong_use(finished, images, tmp_path):
         (["export", "--exp_dir", finished, "--format", "keras"], "keras"),
     ):
         result = run(*argv)
-        assert (result.code, result.err.count("\n")) == (2, 1) and words in result.err, (argv, result.err)
+        assert (result.code, result.err.count("\n")) == (2, 1) and words in result.err, (
+            argv,
+            result.err,
+        )
     assert not (tmp_path / "x.npz").exists()

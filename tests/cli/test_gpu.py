@@ -16,7 +16,17 @@ from benchmarks import gpu, gpu_jobs
 
 def command(out, *words):
     """Run the trial on a CPU; return its standard output."""
-    line = [sys.executable, "-m", "benchmarks.gpu", "--quick", "--device", "cpu", "--out", out, *words]
+    line = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--quick",
+        "--device",
+        "cpu",
+        "--out",
+        out,
+        *words,
+    ]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -39,8 +49,14 @@ def test_each_part_has_a_file_with_its_figures(trial):
     for part in gpu.PARTS:
         content = json.loads((out / f"gpu-{part}.json").read_text())
         assert content["part"] == part and content["seed"] == gpu.SEED and content["skipped"] == {}
-        assert content["machine"]["device"] == "cpu" and content["machine"]["torch"] == torch.__version__
-        assert content["left_out"].items() >= dict.fromkeys(gpu.ON_CUDA, "only on CUDA").items() and content["left_out"]["fp16"]
+        assert (
+            content["machine"]["device"] == "cpu"
+            and content["machine"]["torch"] == torch.__version__
+        )
+        assert (
+            content["left_out"].items() >= dict.fromkeys(gpu.ON_CUDA, "only on CUDA").items()
+            and content["left_out"]["fp16"]
+        )
         assert all(seconds > 0 for seconds in content["seconds"].values()) and content["measured"]
         for name, value in content["measured"].items():
             assert f"{part:10} {name} " in printed
@@ -55,25 +71,44 @@ def check(value):
         assert value["wall_seconds"] > sum(value["seconds"].values()) > 0
         assert set(value["seconds"]) == {"training", "encoding", "probe"}
         assert all(0 <= value[name] <= 100 for name in ("top1", "top5", "best_top1", "knn_top1"))
-        assert len(value["losses"]) == 2 and all(len(epoch["mean"]) == 2 for epoch in value["losses"])
+        assert len(value["losses"]) == 2 and all(
+            len(epoch["mean"]) == 2 for epoch in value["losses"]
+        )
     else:
         assert 0 < value["least"] <= value["ms"] <= value["greatest"] and value["host_ms"] > 0
 
 
 def test_what_is_compared_and_measured(trial):
-    names = {part: set(json.loads((trial[0] / f"gpu-{part}.json").read_text())["measured"]) for part in gpu.PARTS}
+    names = {
+        part: set(json.loads((trial[0] / f"gpu-{part}.json").read_text())["measured"])
+        for part in gpu.PARTS
+    }
     kinds = ("gradient", "losses", "weights", "update")
-    assert names["equal"] >= {f"resnet18-tiny step: {kind}" for kind in kinds} | {"tcr loss", "resnet18-tiny embeddings"}
+    assert names["equal"] >= {f"resnet18-tiny step: {kind}" for kind in kinds} | {
+        "tcr loss",
+        "resnet18-tiny embeddings",
+    }
     assert names["step"] == {"resnet18-tiny bf16", "resnet18-tiny fp32"}
-    assert names["parts"] >= {"augmentation", "LARS step", "encoding, resnet18-tiny", "tcr loss, both ways"}
+    assert names["parts"] >= {
+        "augmentation",
+        "LARS step",
+        "encoding, resnet18-tiny",
+        "tcr loss, both ways",
+    }
 
 
 def test_a_second_call_rewrites_what_it_is_asked_for_alone(trial):
     out, _ = trial
-    path, before, times = out / "gpu-equal.json", contents(out), {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    path, before, times = (
+        out / "gpu-equal.json",
+        contents(out),
+        {path: path.stat().st_mtime_ns for path in out.iterdir()},
+    )
     path.write_text('{"measured": {"of an earlier call": {}}}')
     command(out, "--only", "equal")
-    assert {path.name for path in out.iterdir() if path.stat().st_mtime_ns != times[path]} == {path.name}
+    assert {path.name for path in out.iterdir() if path.stat().st_mtime_ns != times[path]} == {
+        path.name
+    }
     now, then = json.loads(path.read_text()), json.loads(before[path.name])
     assert list(now["measured"]) == list(then["measured"])
 
@@ -100,7 +135,14 @@ def test_the_jobs_are_in_order_of_worth():
     optional = [job for job in jobs if job.optional]
     half = len(gpu.ON_CUDA) * len(gpu.Sizes().archs)
     assert optional[:half] == optional[half:] == jobs[-half:]
-    assert [job.part for job in jobs if not job.optional] == ["equal", "step", "step", "parts", "run", "one-minute"]
+    assert [job.part for job in jobs if not job.optional] == [
+        "equal",
+        "step",
+        "step",
+        "parts",
+        "run",
+        "one-minute",
+    ]
 
 
 def test_a_difference_is_seen():
@@ -132,14 +174,18 @@ def test_a_job_that_fails_is_told_and_ends(function, told, tmp_path):
     results = gpu.Results(tmp_path)
     start = time.monotonic()
     task = gpu.Task(torch.device("cpu"), gpu.QUICK, (), limit=3 if function is overrun else 60)
-    gpu.carry_out(gpu.Job("parts", "it", function, 1), task, functools.partial(results.emit, "parts"))
+    gpu.carry_out(
+        gpu.Job("parts", "it", function, 1), task, functools.partial(results.emit, "parts")
+    )
     assert time.monotonic() - start < 50
     measured = json.loads((tmp_path / "gpu-parts.json").read_text())["measured"]
     assert told in measured["it"]["failed"] and told in results.table() and not results.succeeded()
     assert ("before" in measured) == (function is crash)
 
 
-@pytest.mark.parametrize("expected, order", [(30, ["a", "graph", "b"]), (40, ["a", "b", "graph"]), (70, ["a", "b"])])
+@pytest.mark.parametrize(
+    "expected, order", [(30, ["a", "graph", "b"]), (40, ["a", "b", "graph"]), (70, ["a", "b"])]
+)
 def test_an_optional_job_leaves_the_later_parts_their_time(expected, order, tmp_path, monkeypatch):
     """In a minute, of which b is expected to take 25 s, the graph runs before b, after it, or not at all."""
     graph = gpu.Job("step", "graph", None, expected, optional=True)
@@ -154,6 +200,8 @@ def test_an_optional_job_leaves_the_later_parts_their_time(expected, order, tmp_
     assert gpu.main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--minutes", "1"]) == 0
     assert [name for name, _ in done] == order
     limits = dict(done)
-    assert 55 < limits["b"] <= 60 and ("graph" not in limits or (limits["graph"] <= 35) == (order[1] == "graph"))
+    assert 55 < limits["b"] <= 60 and (
+        "graph" not in limits or (limits["graph"] <= 35) == (order[1] == "graph")
+    )
     skipped = json.loads((tmp_path / "gpu-step.json").read_text())["skipped"]
     assert set(skipped) == {"a", "b", "graph"} - set(order)

@@ -22,24 +22,30 @@ def test_all_labels_give_the_accuracy_of_the_run_and_nothing_is_written(finished
     result = files.read_json(finished / "linear_accuracy.json")
     assert lines(finished, 1.0) == {24: (result["top1"], "")}
     assert lines(finished, 0.25, 0.5).keys() == {6, 12}
-    assert re.findall(r"(\d+) labels", run("probe", "--exp_dir", finished).out) == ["2", "24"]  # 1% are none
+    assert re.findall(r"(\d+) labels", run("probe", "--exp_dir", finished).out) == [
+        "2",
+        "24",
+    ]  # 1% are none
     assert fingerprints(finished) == before
 
 
 def test_few_labels_are_those_of_each_class_and_the_layer_sees_no_others(copy):
-    """Classes that one dimension tells apart. With the labels of training exchanged the predictions are wrong."""
+    """Classes that one dimension tells apart.
+
+    With the labels of training exchanged the predictions are wrong.
+    """
     for split, n in (("train", 24), ("test", 10)):
         path = copy / "artifacts" / f"{split}.pt"
-        content = files.load(path)
+        content = files.read_pt(path)
         noise = torch.randn(n, 8, generator=torch.manual_seed(n))
         content["embeddings"] = noise + 4 * nn.functional.one_hot(content["labels"], 8)
-        files.save(path, content)
+        files.write_pt(path, content)
     (found,) = lines(copy, 0.25).values()
     assert re.fullmatch(r"  [\d.]+ to [\d.]+, by the choice of images", found[1])
     low, high = map(float, re.findall(r"[\d.]+", found[1]))
     assert low <= found[0] <= high and found[0] > 60
-    content = files.load(copy / "artifacts" / "train.pt")
-    files.save(copy / "artifacts" / "train.pt", {**content, "labels": 1 - content["labels"]})
+    content = files.read_pt(copy / "artifacts" / "train.pt")
+    files.write_pt(copy / "artifacts" / "train.pt", {**content, "labels": 1 - content["labels"]})
     (wrong,) = lines(copy, 0.25).values()
     assert wrong[0] < 40
 
@@ -47,9 +53,17 @@ def test_few_labels_are_those_of_each_class_and_the_layer_sees_no_others(copy):
 def test_wrong_use(copy, tmp_path):
     for argv, words in (
         (["--exp_dir", tmp_path], "not a run folder"),
-        (["--exp_dir", copy, "--label_fractions", "0.01"], "label_fraction 0.01 of 24 images is 0, fewer than the 2 classes"),
-        (["--exp_dir", copy, "--label_fractions", "2"], "label_fractions: must be a number above 0 to 1"),
+        (
+            ["--exp_dir", copy, "--label_fractions", "0.01"],
+            "label_fraction 0.01 of 24 images is 0, fewer than the 2 classes",
+        ),
+        (
+            ["--exp_dir", copy, "--label_fractions", "2"],
+            "label_fractions: must be a number above 0 to 1",
+        ),
     ):
         refused(run("probe", *argv), 2, words)
     edit(copy, emb_pool="proj")
-    refused(run("probe", "--exp_dir", copy), 2, "not finished, or was edited since: resume it first")
+    refused(
+        run("probe", "--exp_dir", copy), 2, "not finished, or was edited since: resume it first"
+    )

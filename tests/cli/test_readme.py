@@ -17,13 +17,17 @@ from hparams import PRESETS
 from infra.device import generator
 from patches import sample_patches
 
-PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {
+    path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 README, GUIDE = PAGES[ROOT / "README.md"], PAGES[ROOT / "docs" / "guide.md"]
 TEXT = "\n".join(PAGES.values())
 SHELL = [line.split("   #")[0].split("     #")[0].strip() for block in re.findall(r"```shell\n(.*?)```", TEXT, re.S)
          for line in block.splitlines()] + re.findall(r"`((?:python|make|torchrun|tensorboard) [^`]+)`", TEXT)  # fmt: skip
 EXP_DIR = "logs/EMP-SSL-Training/default__numpatch20_bs100_lr0.3"
-QUICK = [line for line in SHELL if re.match(r"python main\.py (?!train)", line)]  # each takes some seconds on a small run
+QUICK = [
+    line for line in SHELL if re.match(r"python main\.py (?!train)", line)
+]  # each takes some seconds on a small run
 
 
 def test_the_printed_presets_are_options_that_parse_to_them():
@@ -46,7 +50,9 @@ def options_of(program):
     words = program.split()
     if words[0] == "main.py":
         return set(re.findall(r"--[\w-]+", run(words[1], "--help").out))
-    source = (ROOT / f"{words[1].replace('.', '/')}.py").read_text() + (ROOT / "benchmarks" / "common.py").read_text()
+    source = (ROOT / f"{words[1].replace('.', '/')}.py").read_text() + (
+        ROOT / "benchmarks" / "common.py"
+    ).read_text()
     return set(re.findall(r"--[\w-]+", source))
 
 
@@ -59,14 +65,23 @@ def test_every_command_and_option_exists(line):
         pass
     elif line.startswith("pip install "):
         names = line.removeprefix("pip install ").split()
-        requirements = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-extra.txt").read_text()
-        assert all((ROOT / name).exists() or name == "-r" or re.search(f"^{name}\\b", requirements, re.M) for name in names)
+        requirements = (ROOT / "requirements.txt").read_text() + (
+            ROOT / "requirements-extra.txt"
+        ).read_text()
+        assert all(
+            (ROOT / name).exists() or name == "-r" or re.search(f"^{name}\\b", requirements, re.M)
+            for name in names
+        )
     elif line.startswith("python -m pytest"):
         assert (ROOT / line.split()[3]).exists() and set(line.split()[4::2]) == {"--runs"}
     else:
-        program = re.match(r"(?:python|torchrun .*?) ((?:main\.py \w+)|(?:-m benchmarks\.\w+))", line)
+        program = re.match(
+            r"(?:python|torchrun .*?) ((?:main\.py \w+)|(?:-m benchmarks\.\w+))", line
+        )
         assert program, line
-        assert set(re.findall(r"--[\w-]+", line[program.start(1) :])) <= options_of(program[1]) | {"--debug"}
+        assert set(re.findall(r"--[\w-]+", line[program.start(1) :])) <= options_of(program[1]) | {
+            "--debug"
+        }
 
 
 def test_the_commands_that_take_seconds_run_as_they_stand(finished, tmp_path, monkeypatch):
@@ -84,7 +99,13 @@ def test_the_commands_that_take_seconds_run_as_they_stand(finished, tmp_path, mo
         result = run(*line.split()[2:])
         assert result.code == 0, (line, result.err)
     made = {path.name for path in exp_dir.rglob("*")} | {path.name for path in tmp_path.iterdir()}
-    assert made >= {"report.html", "backbone.pt", "encoder.safetensors", "encoder.onnx", "embeddings.npz"}
+    assert made >= {
+        "report.html",
+        "backbone.pt",
+        "encoder.safetensors",
+        "encoder.onnx",
+        "embeddings.npz",
+    }
 
 
 def test_the_shortest_run_from_the_shell(tmp_path):
@@ -95,7 +116,13 @@ def test_the_shortest_run_from_the_shell(tmp_path):
     command = [sys.executable, ROOT / line.split()[0], *line.split()[1:], *small.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "logs" / "EMP-SSL-Training" / "default__numpatch20_bs25_lr0.3" / "linear_accuracy.json").exists()
+    assert (
+        tmp_path
+        / "logs"
+        / "EMP-SSL-Training"
+        / "default__numpatch20_bs25_lr0.3"
+        / "linear_accuracy.json"
+    ).exists()
 
 
 def test_the_encoder_in_python_as_the_readme_has_it(finished, tmp_path, monkeypatch):
@@ -115,7 +142,10 @@ def test_the_encoder_in_python_as_the_readme_has_it(finished, tmp_path, monkeypa
 
 def titles_of(text):
     """The anchors of a page as GitHub makes them."""
-    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
+    return {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", text, re.M)
+    }
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -133,7 +163,9 @@ def test_links_and_pictures_are_there(path):
 
 
 def test_the_citation_is_of_the_paper():
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]["title"].startswith("EMP-SSL")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"][
+        "title"
+    ].startswith("EMP-SSL")
 
 
 def test_the_readmes_own_data_set_loads(tmp_path, monkeypatch):
@@ -142,7 +174,12 @@ def test_the_readmes_own_data_set_loads(tmp_path, monkeypatch):
     scope = dict(vars(data))
     exec(code, scope)
     images = np.random.default_rng(0).integers(0, 256, (5, 12, 10, 3), dtype=np.uint8)
-    np.savez(tmp_path / "test.npz", images=images, labels=np.array([0, 1, 1, 0, 1]), class_names=["cat", "dog"])
+    np.savez(
+        tmp_path / "test.npz",
+        images=images,
+        labels=np.array([0, 1, 1, 0, 1]),
+        class_names=["cat", "dog"],
+    )
     monkeypatch.setitem(data.DATASETS, "npz", scope["load_npz"])  # the line that registers it
     loaded = data.load_images("npz", tmp_path, False)
     assert loaded.images.shape == (5, 3, 12, 10)

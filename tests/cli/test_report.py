@@ -14,7 +14,8 @@ from helpers import ROOT, changed_files, edit, fingerprints, run, write_images
 
 import main
 from infra import files
-from tools import gallery, report
+from tools.report import gallery
+from tools.report import page as report
 
 
 class Page(HTMLParser):
@@ -45,7 +46,9 @@ def page_of(exp_dir):
     page = Page(text)
     assert page.open == [] and len(text) < 3e6
     assert all(image["alt"] and image["src"].startswith("data:image/") for image in page.images)
-    assert not re.search(r"https?://(?!www\.w3\.org|purl\.org|creativecommons\.org|matplotlib\.org)", text)  # of itself alone
+    assert not re.search(
+        r"https?://(?!www\.w3\.org|purl\.org|creativecommons\.org|matplotlib\.org)", text
+    )  # of itself alone
     return page, result
 
 
@@ -55,14 +58,30 @@ def test_a_finished_run(copy):
     assert changed_files(copy, before) == {"report.html"}
     accuracy = files.read_json(copy / "linear_accuracy.json")
     assert f"{accuracy['top1']:.2f}%" in page.text and f"{accuracy['knn_top1']:.2f}%" in page.text
-    titles = ["Curves", "Patches", "Map of the embeddings", "Confusions", "Nearest neighbours", "Overview of the training images",
-              "Seconds per stage", "Settings", "Environment"]  # fmt: skip
+    titles = [
+        "Curves",
+        "Patches",
+        "Map of the embeddings",
+        "Confusions",
+        "Nearest neighbours",
+        "Overview of the training images",
+        "Seconds per stage",
+        "Settings",
+        "Environment",
+    ]
     assert [line for line in page.text.splitlines() if line in titles] == titles
     alts = " ".join(image["alt"] for image in page.images)
-    for words in ("invariance loss", "linear probe, %", "t-SNE", "confusion matrix", "seconds per stage: training", "a row each",
-                  "accuracy of each class, in percent: across"):
+    for words in (
+        "invariance loss",
+        "linear probe, %",
+        "t-SNE",
+        "confusion matrix",
+        "seconds per stage: training",
+        "a row each",
+        "accuracy of each class, in percent: across",
+    ):
         assert words in alts
-    signs = files.load(copy / "artifacts" / "train.pt")["collapse"]
+    signs = files.read_pt(copy / "artifacts" / "train.pt")["collapse"]
     assert f"Effective rank {signs['rank']:.1f}, alignment {signs['alignment']:.3f}" in page.text
     assert "always the largest class\n50.00%" in page.text
     assert "a linear layer on the pixels (16 x 16) of 24 training images" in page.text
@@ -73,19 +92,31 @@ def test_a_finished_run(copy):
 
 def test_neighbours_are_the_nearest_training_images(copy):
     """Against a search by hand: the marks are those of the classes of the eight greatest cosines."""
-    content = files.load(copy / "artifacts" / "train.pt")
-    content["embeddings"] = torch.rand(24, 8, generator=torch.Generator().manual_seed(0))  # of whatever class
-    files.save(copy / "artifacts" / "train.pt", content)
+    content = files.read_pt(copy / "artifacts" / "train.pt")
+    content["embeddings"] = torch.rand(
+        24, 8, generator=torch.Generator().manual_seed(0)
+    )  # of whatever class
+    files.write_pt(copy / "artifacts" / "train.pt", content)
     page, _ = page_of(copy)
-    train, test = (files.load(copy / "artifacts" / f"{split}.pt") for split in ("train", "test"))
-    thumbs = [image for image in page.images if "thumb" in image.get("class", "") and "taken for" not in image["alt"]]
+    train, test = (files.read_pt(copy / "artifacts" / f"{split}.pt") for split in ("train", "test"))
+    thumbs = [
+        image
+        for image in page.images
+        if "thumb" in image.get("class", "") and "taken for" not in image["alt"]
+    ]
     names, near = ["across", "down"], []
     for x, y in zip(test["embeddings"], test["labels"], strict=True):
-        cosine = torch.stack([torch.dot(x, other) / x.norm() / other.norm() for other in train["embeddings"]])
+        cosine = torch.stack(
+            [torch.dot(x, other) / x.norm() / other.norm() for other in train["embeddings"]]
+        )
         labels = train["labels"][cosine.sort(descending=True).indices[:8]]
-        near.append([(f"neighbour: {names[i]}", "right" if i == y else "wrong") for i in labels.tolist()])
+        near.append(
+            [(f"neighbour: {names[i]}", "right" if i == y else "wrong") for i in labels.tolist()]
+        )
     lines = [thumbs[9 * i : 9 * i + 9] for i in range(10)]
-    assert [[(image["alt"], image["class"].split()[1]) for image in line[1:]] for line in lines] == near
+    assert [
+        [(image["alt"], image["class"].split()[1]) for image in line[1:]] for line in lines
+    ] == near
     assert [line[0]["alt"] for line in lines] == [names[i] for i in test["labels"].tolist()]
 
 
@@ -98,15 +129,24 @@ def test_confusions():
     truth, predicted = torch.tensor([0, 0, 1, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 1, 0, 0, 2])
     matrix = report.confusion_matrix(truth, predicted, 3)
     assert matrix.tolist() == [[1, 1, 0], [0, 2, 0], [2, 0, 1]]
-    text = [pair["text"] for pair in report.confused_pairs(matrix, truth, predicted, ["a", "b", "c"], None)]
-    assert text[0] == "c, taken for a: 2 of 3" and "a, taken for b: 1 of 2" in text and not any("b, taken" in t for t in text)
+    text = [
+        pair["text"]
+        for pair in report.confused_pairs(matrix, truth, predicted, ["a", "b", "c"], None)
+    ]
+    assert (
+        text[0] == "c, taken for a: 2 of 3"
+        and "a, taken for b: 1 of 2" in text
+        and not any("b, taken" in t for t in text)
+    )
 
 
 def test_results_of_other_settings_are_not_shown(copy):
     edit(copy, n_eval_epochs=5)
     page, _ = page_of(copy)
     assert "edited since it finished (n_eval_epochs)" in page.text
-    assert "top-1" not in page.text and "confusion" not in " ".join(image["alt"] for image in page.images)
+    assert "top-1" not in page.text and "confusion" not in " ".join(
+        image["alt"] for image in page.images
+    )
     assert "Curves" in page.text and "Settings" in page.text
 
 
@@ -114,7 +154,9 @@ def test_a_run_without_its_images(copy, tmp_path):
     edit(copy, data_dir=tmp_path / "gone")
     page, result = page_of(copy)
     assert str(tmp_path / "gone") in page.text and "no pictures of images" in result.err
-    assert "Confusions" in page.text and not any("neighbour" in image["alt"] for image in page.images)
+    assert "Confusions" in page.text and not any(
+        "neighbour" in image["alt"] for image in page.images
+    )
 
 
 def test_images_are_shown_only_if_they_are_those_of_the_run(copy, images, tmp_path):
@@ -127,12 +169,18 @@ def test_images_are_shown_only_if_they_are_those_of_the_run(copy, images, tmp_pa
     edit(copy, data_dir=images)
     shutil.rmtree(copy / "checkpoints")
     page, _ = page_of(copy)
-    assert "no checkpoint that can be read" in page.text and not any("neighbour" in image["alt"] for image in page.images)
+    assert "no checkpoint that can be read" in page.text and not any(
+        "neighbour" in image["alt"] for image in page.images
+    )
 
 
-@pytest.mark.parametrize("name", ["artifacts/test.pt", "probe.pt", "linear_accuracy.json", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["artifacts/test.pt", "probe.pt", "linear_accuracy.json", "metrics.jsonl"]
+)
 @pytest.mark.parametrize("fault", ["damaged", "of another run"])
-def test_what_is_damaged_or_of_another_run_is_named_and_not_shown(copy, of_other_images, name, fault):
+def test_what_is_damaged_or_of_another_run_is_named_and_not_shown(
+    copy, of_other_images, name, fault
+):
     if fault == "damaged":
         (copy / name).write_bytes((copy / name).read_bytes()[:-50])
     else:
@@ -174,7 +222,12 @@ def test_two_reports_at_once(copy):
     with atomic_write as file:
         file.write(b"first")
         code = "import os, sys, main\nsys.exit(main.main(sys.argv[1:]))"
-        done = subprocess.run([sys.executable, "-c", code, "report", "--exp_dir", copy], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, "report", "--exp_dir", copy],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
     assert (copy / "report.html").read_text() == "first"
 
@@ -182,7 +235,18 @@ def test_two_reports_at_once(copy):
 def test_images_without_labels_and_a_name_that_is_html(tiny, tmp_path):
     write_images(tmp_path / "heap", 6, 1)
     name = "<b>&me"
-    assert run(*tiny, "--data_dir", tmp_path / "heap", "--exp_name", name, "--log_folder", tmp_path / "logs").code == 0
+    assert (
+        run(
+            *tiny,
+            "--data_dir",
+            tmp_path / "heap",
+            "--exp_name",
+            name,
+            "--log_folder",
+            tmp_path / "logs",
+        ).code
+        == 0
+    )
     (exp_dir,) = (tmp_path / "logs").iterdir()
     page, _ = page_of(exp_dir)
     assert exp_dir.name.startswith(name) and name in page.text
@@ -191,8 +255,12 @@ def test_images_without_labels_and_a_name_that_is_html(tiny, tmp_path):
     lines = [thumbs[6 * i : 6 * i + 6] for i in range(6)]
     assert all(len(set(line)) == 6 for line in lines)  # itself and the five others
     assert "Effective rank" in page.text and "Images that resemble no other" in page.text
-    path = sorted(path.relative_to(tmp_path / "heap") for path in (tmp_path / "heap").rglob("*.png"))[0]
-    assert sum(image["alt"] == str(path) for image in page.images) >= 2  # in its cluster, and among the six of the last list
+    path = sorted(
+        path.relative_to(tmp_path / "heap") for path in (tmp_path / "heap").rglob("*.png")
+    )[0]
+    assert (
+        sum(image["alt"] == str(path) for image in page.images) >= 2
+    )  # in its cluster, and among the six of the last list
 
 
 def test_the_interval_is_wilsons():
@@ -212,7 +280,9 @@ def test_duplicates_and_lonely_images_are_those_of_all_pairs():
     i, j = (cosine.triu(1) > 0.98).nonzero().T.tolist()
     expected = sorted(zip(cosine[i, j].tolist(), i, j, strict=True), reverse=True)
     pairs, n_pairs = gallery.near_duplicates(x)
-    assert n_pairs == len(expected) > 12 and [pair[1:] for pair in pairs] == [pair[1:] for pair in expected[:12]]
+    assert n_pairs == len(expected) > 12 and [pair[1:] for pair in pairs] == [
+        pair[1:] for pair in expected[:12]
+    ]
     assert pairs[0][1:] == (3, 1100)
 
 
@@ -220,7 +290,11 @@ def test_clusters_are_those_that_the_data_have():
     centres = torch.eye(3).repeat_interleave(torch.tensor([30, 20, 10]), 0)
     x = F.normalize(centres + 0.1 * torch.randn(60, 3, generator=torch.manual_seed(0)), dim=1)
     found = gallery.clusters_of(x, 3)
-    assert [sorted(rows) for rows in found] == [list(range(30)), list(range(30, 50)), list(range(50, 60))]
+    assert [sorted(rows) for rows in found] == [
+        list(range(30)),
+        list(range(30, 50)),
+        list(range(50, 60)),
+    ]
     first = x[found[0]] - x[:30].mean(0)
     assert torch.equal(first.norm(dim=1).argsort(), torch.arange(30))
     assert [len(rows) for rows in gallery.clusters_of(torch.ones(5, 3), 10)] == [5]
@@ -230,20 +304,40 @@ def test_a_hundred_classes_and_an_older_result_without_accuracies_of_classes(tin
     for i in range(100):
         write_images(tmp_path / "images" / "train" / f"class {i}", 2, i)
         write_images(tmp_path / "images" / "test" / f"class {i}", 1, i)
-    assert run(*tiny, "--data_dir", tmp_path / "images", "--n_epochs", "0", "--log_folder", tmp_path / "logs").code == 0
+    assert (
+        run(
+            *tiny,
+            "--data_dir",
+            tmp_path / "images",
+            "--n_epochs",
+            "0",
+            "--log_folder",
+            tmp_path / "logs",
+        ).code
+        == 0
+    )
     (exp_dir,) = (tmp_path / "logs").iterdir()
     result = files.read_sealed(exp_dir / "linear_accuracy.json")
     assert sum(result["confusion"][i][i] for i in range(100)) == pytest.approx(result["top1"])
     assert statistics.mean(result["per_class"].values()) == pytest.approx(result["top1"])
     page, _ = page_of(exp_dir)
-    assert "Accuracy of each class" in page.text and "class 99" in " ".join(image["alt"] for image in page.images)
-    older = {name: value for name, value in result.items() if name not in ("checksum", "per_class", "confusion")}
-    main.log_result(older, "")
-    assert main.log_result(result, "") is None
+    assert "Accuracy of each class" in page.text and "class 99" in " ".join(
+        image["alt"] for image in page.images
+    )
+    older = {
+        name: value
+        for name, value in result.items()
+        if name not in ("checksum", "per_class", "confusion")
+    }
+    main.log_accuracies(older)
+    main.log_accuracies(result)
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "sklearn"])
 def test_without_the_packages_it_names_them(finished, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     result = run("report", "--exp_dir", finished)
-    assert (result.code, result.err.count("\n")) == (2, 1) and "pip install matplotlib scikit-learn" in result.err
+    assert (result.code, result.err.count("\n")) == (
+        2,
+        1,
+    ) and "pip install matplotlib scikit-learn" in result.err

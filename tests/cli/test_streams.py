@@ -11,12 +11,21 @@ import sys
 import pytest
 from helpers import ONE_THREAD, ROOT, RUN, refused, run
 
-from infra import image_cache, signals
+from images import cache as image_cache
+from infra import signals
 
 
 def shell(words, redirect, **env):
-    command = " ".join(shlex.quote(str(word)) for word in (sys.executable, ROOT / "main.py", *words))
-    return subprocess.run(f"exec {command} {redirect}", shell=True, capture_output=True, text=True, env={**ONE_THREAD, **env})
+    command = " ".join(
+        shlex.quote(str(word)) for word in (sys.executable, ROOT / "main.py", *words)
+    )
+    return subprocess.run(
+        f"exec {command} {redirect}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        env={**ONE_THREAD, **env},
+    )
 
 
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
@@ -29,7 +38,10 @@ def test_closed_streams(copy, redirect):
 
 def test_cleanup_without_an_input_removes_nothing(copy):
     done = shell(["cleanup", "--log_folder", copy.parent, "--keep", "1"], "<&-")
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "Remove them? [y/N] Nothing removed")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (
+        0,
+        "Remove them? [y/N] Nothing removed",
+    )
     assert (copy / "checkpoints" / "0.pt").exists()
 
 
@@ -49,22 +61,27 @@ def test_exp_name_is_the_name_of_one_folder(tiny, tmp_path, name):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_during_the_imports(tmp_path, signum):
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text(f"import os\nos.kill(os.getpid(), {int(signum)})\nwhile True: pass\n")
+    (tmp_path / "torch" / "__init__.py").write_text(
+        f"import os\nos.kill(os.getpid(), {int(signum)})\nwhile True: pass\n"
+    )
     done = shell(["--help"], "", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (128 + signum, "", "")
 
 
 def test_a_signal_that_is_swallowed_counts_at_the_end():
-    swallow = contextlib.suppress(signals.Interrupted)  # as in os.fork, where Python ignores what a handler raises
+    swallow = contextlib.suppress(
+        signals.Interrupted
+    )  # as in os.fork, where Python ignores what a handler raises
     with pytest.raises(signals.Interrupted) as caught, signals.raise_signals(), swallow:
         os.kill(os.getpid(), signal.SIGUSR1)
     assert caught.value.signum == signal.SIGUSR1
 
 
-# The program. The process that decodes the first images signals its group, as Ctrl-C in a terminal does.
+# The program. The process that decodes the first images signals its group, as Ctrl-C in a terminal
+# does.
 DECODING = """
 import os, sys, main
-from infra import image_cache
+from images import cache as image_cache
 image_cache.MANY, image_cache.CHUNK = 4, 4
 read_image = image_cache.read_image
 signum, *argv = sys.argv[1:]
@@ -79,7 +96,15 @@ sys.exit(main.main(argv))
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_while_they_decode(tiny, tmp_path, signum):
-    command = [sys.executable, "-c", DECODING, str(int(signum)), *tiny, "--log_folder", tmp_path / "logs"]
+    command = [
+        sys.executable,
+        "-c",
+        DECODING,
+        str(int(signum)),
+        *tiny,
+        "--log_folder",
+        tmp_path / "logs",
+    ]
     env = {**ONE_THREAD, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     pipes = {"capture_output": True, "text": True, "timeout": 120}
     done = subprocess.run(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
@@ -117,7 +142,9 @@ with hold_signals(lambda: print("stopping", flush=True)):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signals_are_answered_during_a_long_call(signum):
-    process = subprocess.Popen([sys.executable, "-c", BUSY], cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY], cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, text=True
+    )
     with process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signum)

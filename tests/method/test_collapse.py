@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import collapse
+import evaluate as collapse
 from infra.device import generator
 
 
@@ -15,7 +15,9 @@ def test_the_effective_rank_is_the_entropy_of_the_singular_values():
     for rows in (x, x.T):  # wide and tall
         values = torch.linalg.svdvals(rows.double())
         p = (values / values.sum()).tolist()
-        assert collapse.effective_rank(rows) == pytest.approx(math.exp(-sum(q * math.log(q) for q in p)), rel=1e-6)
+        assert collapse.effective_rank(rows) == pytest.approx(
+            math.exp(-sum(q * math.log(q) for q in p)), rel=1e-6
+        )
 
 
 def test_the_effective_rank_of_known_sets():
@@ -28,7 +30,13 @@ def test_the_effective_rank_of_known_sets():
 
 def test_alignment_and_uniformity_are_those_of_a_loop():
     z = F.normalize(torch.randn(7, 3, 5, generator=generator(1, "t")), dim=2)
-    pairs = [(z[n, i] - z[n, j]).square().sum().item() for n in range(7) for i in range(3) for j in range(3) if i != j]
+    pairs = [
+        (z[n, i] - z[n, j]).square().sum().item()
+        for n in range(7)
+        for i in range(3)
+        for j in range(3)
+        if i != j
+    ]
     assert collapse.alignment(z) == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
     rows = z[:, 0]
     near = [math.exp(-2 * (rows[i] - rows[j]).square().sum()) for i in range(7) for j in range(i)]
@@ -38,13 +46,18 @@ def test_alignment_and_uniformity_are_those_of_a_loop():
 def test_a_collapsed_set_scores_worse_than_a_spread_one():
     spread = F.normalize(torch.randn(200, 4, 32, generator=generator(2, "t")), dim=2)
     same = F.normalize(spread * 0.01 + 1, dim=2)
-    good, bad = collapse.signs(spread[:, 0], spread), collapse.signs(same[:, 0], same)
+    good, bad = (
+        collapse.collapse_metrics(spread[:, 0], spread),
+        collapse.collapse_metrics(same[:, 0], same),
+    )
     assert good["rank"] > 25 and bad["rank"] < collapse.FEW_DIMENSIONS
     assert good["uniformity"] < -3 < -0.1 < bad["uniformity"] <= 0
     assert bad["alignment"] < 0.01 < good["alignment"] <= 4
-    assert not collapse.advice(good)
-    assert "invariance_loss_weight" in collapse.advice(bad)
-    assert collapse.advice({**good, "uniformity": -0.001}) and collapse.advice({**good, "rank": 4.9})
+    assert not collapse.collapse_warning(good)
+    assert "invariance_loss_weight" in collapse.collapse_warning(bad)
+    assert collapse.collapse_warning({**good, "uniformity": -0.001}) and collapse.collapse_warning(
+        {**good, "rank": 4.9}
+    )
 
 
 def test_a_single_image_and_equal_rows():

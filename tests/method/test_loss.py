@@ -7,13 +7,20 @@ import torch.nn.functional as F
 from benchmarks import baseline
 from loss import UNIFORMITY, emp_ssl_loss, invariance_loss, tcr_loss, vonmises_loss
 
-SHAPES = [(4, 6, 20), (3, 24, 8), (5, 10, 10), (2, 2, 3)]  # (P, B, d): d above B, below, equal, tiny
+SHAPES = [
+    (4, 6, 20),
+    (3, 24, 8),
+    (5, 10, 10),
+    (2, 2, 3),
+]  # (P, B, d): d above B, below, equal, tiny
 
 
 def plain_tcr(z, eps):
     """The formula as it is written: one d x d determinant per patch."""
     _, B, d = z.shape
-    return -torch.stack([0.5 * torch.logdet(torch.eye(d, dtype=z.dtype) + d / (B * eps) * Z.T @ Z) for Z in z]).mean()
+    return -torch.stack(
+        [0.5 * torch.logdet(torch.eye(d, dtype=z.dtype) + d / (B * eps) * Z.T @ Z) for Z in z]
+    ).mean()
 
 
 def plain_invariance(z):
@@ -39,7 +46,15 @@ def plain_vonmises(z):
         (baseline.invariance_loss, plain_invariance),
         (baseline.vonmises_loss, plain_vonmises),
     ],
-    ids=["tcr", "tcr eps .05", "invariance", "vonmises", "baseline tcr", "baseline invariance", "baseline vonmises"],
+    ids=[
+        "tcr",
+        "tcr eps .05",
+        "invariance",
+        "vonmises",
+        "baseline tcr",
+        "baseline invariance",
+        "baseline vonmises",
+    ],
 )
 def test_equals_the_plain_formula_in_float64(ours, plain, shape):
     y = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -69,14 +84,24 @@ def test_invariance_is_best_where_the_patches_of_an_image_agree():
     assert invariance_loss(z) > -0.7
 
 
-@pytest.mark.parametrize(("name", "plain"), [("tcr", lambda z: plain_tcr(z, 0.05)), ("vonmises", plain_vonmises)])
+@pytest.mark.parametrize(
+    ("name", "plain"), [("tcr", lambda z: plain_tcr(z, 0.05)), ("vonmises", plain_vonmises)]
+)
 def test_the_loss_is_the_weighted_sum_of_its_terms(name, plain):
     """And with bags, patches 0 and 1 of an image count as patches of two images, and so do 2 and 3."""
-    z = F.normalize(torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1)
+    z = F.normalize(
+        torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        dim=-1,
+    )
     assert set(UNIFORMITY) == {"tcr", "vonmises"}
     options = {"eps": 0.05} if name == "tcr" else {}
-    for bags, dealt in ((1, z), (2, torch.stack([torch.cat([z[0], z[1]]), torch.cat([z[2], z[3]])]))):
-        total, invariance, uniformity = emp_ssl_loss(z, name, invariance_weight=3, uniformity_weight=0.5, bags=bags, **options)
+    for bags, dealt in (
+        (1, z),
+        (2, torch.stack([torch.cat([z[0], z[1]]), torch.cat([z[2], z[3]])])),
+    ):
+        total, invariance, uniformity = emp_ssl_loss(
+            z, name, invariance_weight=3, uniformity_weight=0.5, bags=bags, **options
+        )
         torch.testing.assert_close(invariance, plain_invariance(dealt))
         torch.testing.assert_close(uniformity, plain(dealt))
         torch.testing.assert_close(total, 3 * plain_invariance(dealt) + 0.5 * plain(dealt))

@@ -4,16 +4,17 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from backbones import BACKBONES, Conv3x3, build_backbone
 from infra.errors import UsageError
-from model import Encoder, fold_batch_norm
+from model import BACKBONES, Conv3x3, Encoder, build_backbone, fold_batch_norm
 
 
 @pytest.mark.parametrize("arch", BACKBONES)
 def test_shapes_and_unit_vectors(arch):
     encoder = Encoder(arch, h_dim=24, z_dim=12)
     backbone, feature_dim = build_backbone(arch)
-    assert feature_dim == {"resnet18-mini": 256, "resnet18-tiny": 128}.get(arch, 2048 if "50" in arch else 512)
+    assert feature_dim == {"resnet18-mini": 256, "resnet18-tiny": 128}.get(
+        arch, 2048 if "50" in arch else 512
+    )
     for size in (32, 48):
         x = torch.randn(3, 3, size, size)
         assert backbone(x).shape == (3, feature_dim)
@@ -23,9 +24,15 @@ def test_shapes_and_unit_vectors(arch):
         torch.testing.assert_close(z.norm(dim=1), torch.ones(3))
 
 
-@pytest.mark.parametrize(("arch", "stem", "last"), [
-    ("resnet18-cifar", 32, 4), ("resnet18-mini", 32, 8), ("resnet18-tiny", 32, 16), ("resnet18-imagenet", 8, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arch", "stem", "last"),
+    [
+        ("resnet18-cifar", 32, 4),
+        ("resnet18-mini", 32, 8),
+        ("resnet18-tiny", 32, 16),
+        ("resnet18-imagenet", 8, 1),
+    ],
+)
 def test_resolution_after_the_stem_and_before_the_pooling(arch, stem, last):
     seen, backbone = [], build_backbone(arch)[0]
     for module in (backbone.layer1, backbone.avgpool):
@@ -37,7 +44,9 @@ def test_resolution_after_the_stem_and_before_the_pooling(arch, stem, last):
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("arch", ["resnet18-imagenet", "resnet18-tinyimagenet"])
 def test_torchvision_loads_the_imagenet_backbone_strictly_and_computes_the_same(arch, size):
-    """At 32 pixels layer3 works on 2x2 and layer4 on a single one, where our 3x3 convolution takes its short cut."""
+    """At 32 pixels layer3 works on 2x2 and layer4 on a single one, where our 3x3 convolution takes
+    its short cut.
+    """
     ours, theirs = build_backbone(arch)[0], torchvision.models.resnet18()
     theirs.fc = nn.Identity()
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -65,15 +74,27 @@ def test_few_pixels_are_convolved_as_many_are(size, stride):
 
 
 def test_heads():
-    """h and z from the published layers, written out; batch norm and activation are options of both heads."""
+    """h and z from the published layers, written out; batch norm and activation are options of both
+    heads.
+    """
     x = torch.randn(6, 3, 32, 32)
-    encoder = Encoder("resnet18-tiny", h_dim=10, z_dim=4, activation="tanh", batch_norm=False).eval()
-    (w0, b0), (w1, b1), (w2, b2) = ((m.weight, m.bias) for m in encoder.modules() if isinstance(m, nn.Linear))
+    encoder = Encoder(
+        "resnet18-tiny", h_dim=10, z_dim=4, activation="tanh", batch_norm=False
+    ).eval()
+    (w0, b0), (w1, b1), (w2, b2) = (
+        (m.weight, m.bias) for m in encoder.modules() if isinstance(m, nn.Linear)
+    )
     h = torch.tanh(F.linear(encoder.backbone(x), w0, b0))
     z = F.linear(torch.tanh(F.linear(h, w1, b1)), w2, b2)
     torch.testing.assert_close(encoder(x)[0], h)
     torch.testing.assert_close(encoder(x)[1], z / z.norm(dim=1, keepdim=True))
-    names = [type(m).__name__ for m in [*Encoder("resnet18-tiny", 10, 4).features, *Encoder("resnet18-tiny", 10, 4).projection]]
+    names = [
+        type(m).__name__
+        for m in [
+            *Encoder("resnet18-tiny", 10, 4).features,
+            *Encoder("resnet18-tiny", 10, 4).projection,
+        ]
+    ]
     assert names == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
 
 

@@ -33,7 +33,9 @@ def through_pil(function, image, *values):
 FACTORS = torch.linspace(0.6, 1.4, 7).tolist()
 
 
-SHIFTS = [k / 255 for k in (-50.5, -30.5, -7.5, 0, 9.5, 22.5, 50.5)]  # Pillow shifts by int(255 * shift)
+SHIFTS = [
+    k / 255 for k in (-50.5, -30.5, -7.5, 0, 9.5, 22.5, 50.5)
+]  # Pillow shifts by int(255 * shift)
 
 
 TORCHVISION = {
@@ -48,7 +50,9 @@ TORCHVISION = {
 
 
 def mapped(operation):
-    return lambda x, factor: patches.map_colours(x, *patches.colour_map(torch.tensor(operation), factor))
+    return lambda x, factor: patches.map_colours(
+        x, *patches.colour_map(torch.tensor(operation), factor)
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,12 +68,16 @@ def mapped(operation):
     ],
 )
 def test_augmentations_equal_torchvisions(name, ours, values):
-    images = torch.cat([pictures(12), flat_images(FLAT + SATURATED)]).repeat_interleave(len(values), 0)
+    images = torch.cat([pictures(12), flat_images(FLAT + SATURATED)]).repeat_interleave(
+        len(values), 0
+    )
     values = values * (len(images) // len(values))  # each row its own
     result = ours(images / 255, torch.tensor(values)) * 255
     rows = list(zip(images, values, strict=True))
     error = (result - torch.stack([through_pil(TORCHVISION[name], *row) for row in rows])).abs()
-    if name == "hue":  # which Pillow rounds to whole 255ths of a turn, each up to 6 levels of a channel
+    if (
+        name == "hue"
+    ):  # which Pillow rounds to whole 255ths of a turn, each up to 6 levels of a channel
         assert error.max() <= 18
         assert error.mean() <= 1
     else:
@@ -79,9 +87,12 @@ def test_augmentations_equal_torchvisions(name, ours, values):
         torch.testing.assert_close(result, exact, rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (40, 28, 32), (64, 64, 32), (96, 80, 32), (128, 120, 112)])
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(32, 32, 32), (40, 28, 32), (64, 64, 32), (96, 80, 32), (128, 120, 112)],
+)
 def test_crops_equal_torchvisions(height, width, size, monkeypatch):
-    monkeypatch.setattr(patches, "augment", lambda x, params, n_by_turn: x)
+    monkeypatch.setattr(patches, "augment_", lambda x, plan: None)
     images = pictures(5, height, width)
     sampled = (patches.sample_patches(images, 6, generator(0, "t"), size).flatten(0, 1) + 1) * 127.5
     params = patches.sample_params(30, height, width, generator(0, "t"))
@@ -90,7 +101,9 @@ def test_crops_equal_torchvisions(height, width, size, monkeypatch):
         mode = TF.InterpolationMode.BICUBIC if size > 32 else TF.InterpolationMode.BILINEAR
         expected = through_pil(TF.resized_crop, images[i % 5], *box, [size, size], mode)
         gap = (patch - (expected.flip(-1) if params["flip"][i] else expected)).abs()
-        assert gap.max() <= (8 if size > 32 else 2)  # Pillow clips what overshoots between the two axes too
+        assert gap.max() <= (
+            8 if size > 32 else 2
+        )  # Pillow clips what overshoots between the two axes too
         assert (gap <= 2).float().mean() > 0.995
 
 
@@ -105,7 +118,9 @@ def test_patches_equal_a_plain_loop_over_pil_images(monkeypatch):
     errors = []
     for i, patch in enumerate(sampled.flatten(0, 1)):
         own = {name: values[i].tolist() for name, values in params.items()}
-        plain = TF.resized_crop(TF.to_pil_image(images[i % 20]), own["top"], own["left"], 16, 16, [32, 32])
+        plain = TF.resized_crop(
+            TF.to_pil_image(images[i % 20]), own["top"], own["left"], 16, 16, [32, 32]
+        )
         if own["flip"]:
             plain = TF.hflip(plain)
         for k in own["order"] if own["jitter"] else []:
@@ -117,23 +132,35 @@ def test_patches_equal_a_plain_loop_over_pil_images(monkeypatch):
         errors.append((patch - TF.pil_to_tensor(plain)).abs())
     errors = torch.stack(errors)
     assert errors.median() <= 1
-    assert errors.mean((1, 2, 3)).max() <= 4  # of the worst patch; single pixels are inverted by a rounding before solarise
+    assert (
+        errors.mean((1, 2, 3)).max() <= 4
+    )  # of the worst patch; single pixels are inverted by a rounding before solarise
 
 
 def test_strengths_of_the_augmentation():
     images, draw = pictures(8), partial(patches.sample_patches, n_patches=20, size=16)
-    crops = draw(pictures(8), generator=generator(0, "t"), augment=patches.Augment(0, 0, 0, 0)).flatten(0, 1)
+    crops = draw(
+        pictures(8), generator=generator(0, "t"), augment=patches.Augment(0, 0, 0, 0)
+    ).flatten(0, 1)
     params = patches.sample_params(160, 32, 32, generator(0, "t"))
     for i, patch in enumerate(crops):
         top, left = params["top"][i], params["left"][i]
         expected = images[i % 8, :, top : top + 16, left : left + 16] / 127.5 - 1
-        torch.testing.assert_close(patch, expected.flip(-1) if params["flip"][i] else expected, atol=1e-4, rtol=0)
-    grey = draw(images, generator=generator(0, "t"), augment=patches.Augment(grey=1, blur=0, solarise=0))
+        torch.testing.assert_close(
+            patch, expected.flip(-1) if params["flip"][i] else expected, atol=1e-4, rtol=0
+        )
+    grey = draw(
+        images, generator=generator(0, "t"), augment=patches.Augment(grey=1, blur=0, solarise=0)
+    )
     torch.testing.assert_close(grey, grey[:, :, :1].expand_as(grey))
     for strength, low, high, hue in ((0.5, 0.8, 1.2, 0.1), (2.5, 0, 2, 0.5)):
-        params = patches.sample_params(9000, 32, 32, generator(0, "t"), patches.Augment(jitter=strength))
+        params = patches.sample_params(
+            9000, 32, 32, generator(0, "t"), patches.Augment(jitter=strength)
+        )
         for name in ("brightness", "contrast", "saturation"):
-            assert low <= params[name].min() < low + 0.01 and high - 0.01 < params[name].max() <= high
+            assert (
+                low <= params[name].min() < low + 0.01 and high - 0.01 < params[name].max() <= high
+            )
         assert 0.99 * hue < params["hue"].max() <= hue
 
 
@@ -151,9 +178,20 @@ def test_parameters_are_drawn_independently_from_the_right_distributions():
     assert chi2(permutation, 24) < 60  # 23 degrees of freedom
     assert set(params["top"].tolist()) == set(params["left"].tolist()) == set(range(17))
     assert chi2(17 * params["top"] + params["left"], 17 * 17) < 288 + 5 * (2 * 288) ** 0.5
-    for name, p in [("flip", 0.5), ("jitter", 0.8), ("grey", 0.2), ("blur", 0.1), ("solarise", 0.1)]:
-        assert params[name].float().mean() == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5), name
-    ranges = dict.fromkeys(("brightness", "contrast", "saturation"), (0.6, 1.4)) | {"hue": (-0.2, 0.2), "sigma": (0.1, 2.0)}
+    for name, p in [
+        ("flip", 0.5),
+        ("jitter", 0.8),
+        ("grey", 0.2),
+        ("blur", 0.1),
+        ("solarise", 0.1),
+    ]:
+        assert params[name].float().mean() == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5), (
+            name
+        )
+    ranges = dict.fromkeys(("brightness", "contrast", "saturation"), (0.6, 1.4)) | {
+        "hue": (-0.2, 0.2),
+        "sigma": (0.1, 2.0),
+    }
     for name, (low, high) in ranges.items():
         cells = ((params[name] - low) / (high - low) * 20).long()
         assert params[name].min() >= low - 1e-6, name
@@ -179,15 +217,24 @@ def draw_with_torchvision(images):
 
 
 def statistics(x):
-    """Mean and standard deviation of each channel, and the gradient energy, of x (n, 3, 32, 32) in [0, 1]."""
+    """Mean and standard deviation of each channel, and the gradient energy, of x (n, 3, 32, 32) in
+    [0, 1].
+    """
     energy = x.diff(dim=2).square().mean() + x.diff(dim=3).square().mean()
     return torch.stack([*x.mean((0, 2, 3)), *x.std((0, 2, 3)), energy])
 
 
 def test_patches_have_the_statistics_of_torchvisions():
-    """20,000 each, 50 of each image, so that images and draws that differ do not add to the noise (below 0.8%)."""
-    textures, smooth = data.load_images("textures", "", False).images[:400].float(), pictures(200, noise=0).float()
-    images = torch.cat([textures[:200], 0.6 * textures[200:] + 0.4 * smooth]).round().to(torch.uint8)
+    """20,000 each, 50 of each image, so that images and draws that differ do not add to the noise
+    (below 0.8%).
+    """
+    textures, smooth = (
+        data.load_images("textures", "", False).images[:400].float(),
+        pictures(200, noise=0).float(),
+    )
+    images = (
+        torch.cat([textures[:200], 0.6 * textures[200:] + 0.4 * smooth]).round().to(torch.uint8)
+    )
     loader = torch.utils.data.DataLoader(
         [TF.to_pil_image(image) for image in images] * 50,
         batch_size=400,
@@ -196,15 +243,22 @@ def test_patches_have_the_statistics_of_torchvisions():
         generator=torch.Generator().manual_seed(0),
     )
     theirs = torch.cat(list(loader)) / 255
-    ours = torch.cat([patches.sample_patches(images, 5, generator(0, "t", step=step)) for step in range(10)])
+    ours = torch.cat(
+        [patches.sample_patches(images, 5, generator(0, "t", step=step)) for step in range(10)]
+    )
     assert len(theirs) == ours[:, :, 0, 0, 0].numel() == 20_000
-    torch.testing.assert_close(statistics(ours.flatten(0, 1).add(1).div(2)), statistics(theirs), rtol=0.02, atol=0)
+    torch.testing.assert_close(
+        statistics(ours.flatten(0, 1).add(1).div(2)), statistics(theirs), rtol=0.02, atol=0
+    )
 
 
 def test_patches_depend_on_the_generator_alone():
     images, state = pictures(4, 64, 64), torch.get_rng_state()
     before = images.clone()
-    draws = [patches.sample_patches(images, 3, generator(0, "t", step=step), size=16) for step in (0, 0, 1)]
+    draws = [
+        patches.sample_patches(images, 3, generator(0, "t", step=step), size=16)
+        for step in (0, 0, 1)
+    ]
     assert draws[0].shape == (3, 4, 3, 16, 16)
     assert draws[0].dtype == torch.float32
     assert torch.equal(draws[0], draws[1])
@@ -227,8 +281,17 @@ def test_patches_lie_between_minus_one_and_one_and_are_of_their_own_image():
 
 
 def test_generators_differ_with_each_argument():
-    arguments = [(0, "a", 0, 0), (1, "a", 0, 0), (0, "b", 0, 0), (0, "a", 1, 0), (0, "a", 0, 1), (2**31 - 1, "a", 12, 3)]
-    draws = [tuple(torch.rand(4, generator=generator(*argument)).tolist()) for argument in arguments]
+    arguments = [
+        (0, "a", 0, 0),
+        (1, "a", 0, 0),
+        (0, "b", 0, 0),
+        (0, "a", 1, 0),
+        (0, "a", 0, 1),
+        (2**31 - 1, "a", 12, 3),
+    ]
+    draws = [
+        tuple(torch.rand(4, generator=generator(*argument)).tolist()) for argument in arguments
+    ]
     assert len(set(draws)) == len(draws)
     assert draws[0] == tuple(torch.rand(4, generator=generator(0, "a")).tolist())
 
@@ -238,10 +301,14 @@ def test_a_grid_is_of_crops_at_even_distances():
     images = data.load_images("textures", "", False).images[:3]
     for n, places in ((1, [8]), (3, [8]), (4, [0, 16]), (9, [0, 8, 16]), (20, [0, 5, 11, 16])):
         views = patches.sample_views(images, Views(n, "grid", 16), None)
-        expected = [images[:, :, i : i + 16, j : j + 16] / 127.5 - 1 for i in places for j in places]
+        expected = [
+            images[:, :, i : i + 16, j : j + 16] / 127.5 - 1 for i in places for j in places
+        ]
         torch.testing.assert_close(views, torch.stack(expected), rtol=0, atol=1e-6)
     large = patches.sample_views(images, Views(4, "grid"), None)
-    expected = F.interpolate(images[:, :, :16, 16:] / 127.5 - 1, size=32, mode="bilinear", align_corners=False)
+    expected = F.interpolate(
+        images[:, :, :16, 16:] / 127.5 - 1, size=32, mode="bilinear", align_corners=False
+    )
     torch.testing.assert_close(large[1], expected, rtol=0, atol=1e-5)
 
 
@@ -250,7 +317,13 @@ def test_random_crops_are_crops_and_nothing_else():
     views = patches.sample_views(images, Views(400, "crops", 16), generator(0, "t"))
     assert views.shape == (400, 2, 3, 16, 16)
     for b in range(2):
-        windows = images[b].unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4).reshape(17 * 17, 3 * 16 * 16)
+        windows = (
+            images[b]
+            .unfold(1, 16, 1)
+            .unfold(2, 16, 1)
+            .permute(1, 2, 0, 3, 4)
+            .reshape(17 * 17, 3 * 16 * 16)
+        )
         seen = views[:, b].flatten(1).add(1).mul(127.5).round().to(torch.uint8)
         distance = torch.cdist(seen.double(), windows.double())
         assert (distance.min(1).values == 0).all()

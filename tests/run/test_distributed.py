@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+import train_steps
 from helpers import LAUNCH, ONE_THREAD, ROOT, RUN, contents, run, training_lines
+from train_steps import SMALL
 
-from benchmarks import ranks
 from experiment import load_checkpoint, position
 from infra import distributed, files
 from infra.device import generator
@@ -34,29 +35,32 @@ def launched(n, *argv):
     return subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
 
 
-def one_step(options, tmp_path):
-    """Return what benchmarks.ranks.processes does, of one process: this one."""
+def by_this_process(options, tmp_path):
+    """Return what train_steps.by_processes does, of this process alone."""
     n_threads = torch.get_num_threads()
-    ranks.steps(tmp_path / "steps.pt", f"{ranks.SMALL} {options}", 1)
+    train_steps.train_one_step(tmp_path / "step.pt", options)
     torch.set_num_threads(n_threads)
-    return files.load(tmp_path / "steps.pt")
+    return files.read_pt(tmp_path / "step.pt")
 
 
 def assert_equal_to_rounding(one, other):
-    gap = ranks.difference(one, other)
-    assert gap["loss"] < 1e-5
-    assert gap["gradient"] < 1e-5
+    loss, gradient = train_steps.difference(one, other)
+    assert loss < 1e-5
+    assert gradient < 1e-5
 
 
-@pytest.mark.parametrize("options", ["--uniformity_loss vonmises", "--bags 2"])
-def test_loss_and_gradient_of_two_processes_are_those_of_one(options, tmp_path):
-    one, two = one_step(options, tmp_path), ranks.processes(2, f"{ranks.SMALL} {options}", 1)
+@pytest.mark.parametrize("more", ["--uniformity_loss vonmises", "--bags 2"])
+def test_loss_and_gradient_of_two_processes_are_those_of_one(more, tmp_path):
+    options = f"{SMALL} {more}"
+    one = by_this_process(options, tmp_path)
     assert one["metrics"].abs().min() > 0.005
-    assert_equal_to_rounding(one, two)
+    assert_equal_to_rounding(one, train_steps.by_processes(2, options))
 
 
 def test_patches_of_a_part_of_a_batch_are_those_of_the_whole():
-    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.manual_seed(0))
+    images = torch.randint(
+        0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.manual_seed(0)
+    )
     whole = sample_patches(images, 5, generator(0, "t"), 16)
     part = sample_patches(images[2:5], 5, generator(0, "t"), 16, first=2, batch=6)
     assert torch.equal(part, whole[:, 2:5])
@@ -70,15 +74,23 @@ def test_two_processes_train_encode_and_report_once_and_one_goes_on(tiny, finish
     assert len(re.findall("^Epoch: 0", done.stdout, re.M)) == 1
     ours, undisturbed = contents(tmp_path / RUN), contents(finished)
     assert set(ours) == set(undisturbed)
-    assert [(line["epoch"], line["step"]) for line in training_lines(tmp_path / RUN)] == [(0, 4), (0, 6), (1, 4), (1, 6)]
+    assert [(line["epoch"], line["step"]) for line in training_lines(tmp_path / RUN)] == [
+        (0, 4),
+        (0, 6),
+        (1, 4),
+        (1, 6),
+    ]
     assert run("resume", "--exp_dir", tmp_path / RUN).code == 0
     assert contents(tmp_path / RUN) == ours  # nothing was left to do
-    by_two = {split: files.load(tmp_path / RUN / "artifacts" / f"{split}.pt") for split in ("train", "test")}
+    by_two = {
+        split: files.read_pt(tmp_path / RUN / "artifacts" / f"{split}.pt")
+        for split in ("train", "test")
+    }
     for path in (tmp_path / RUN / "artifacts").iterdir():
         path.unlink()
     assert run("resume", "--exp_dir", tmp_path / RUN).code == 0
     for split, two in by_two.items():
-        one = files.load(tmp_path / RUN / "artifacts" / f"{split}.pt")
+        one = files.read_pt(tmp_path / RUN / "artifacts" / f"{split}.pt")
         torch.testing.assert_close(two["embeddings"], one["embeddings"])
         assert two["labels"].tolist() == one["labels"].tolist()
 
@@ -93,7 +105,15 @@ def test_two_processes_warn_once(copy):
 
 
 def test_sigterm_to_the_group_writes_one_checkpoint_and_one_process_resumes(tiny, tmp_path):
-    command = [*tiny, "--checkpoint_every", "1000", "--print_freq", "1", "--log_folder", str(tmp_path)]
+    command = [
+        *tiny,
+        "--checkpoint_every",
+        "1000",
+        "--print_freq",
+        "1",
+        "--log_folder",
+        str(tmp_path),
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ONE_THREAD}
     process = subprocess.Popen([sys.executable, *LAUNCH, "2", ROOT / "main.py", *command], **pipes)
     next(line for line in process.stdout if line.startswith("epoch 0 step 2/6"))
@@ -124,11 +144,24 @@ def test_bs_must_be_shared_evenly(tiny, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-def test_one_process_that_dies_or_is_told_to_stop_ends_the_others_and_the_run_resumes(tiny, tmp_path):
+def test_one_process_that_dies_or_is_told_to_stop_ends_the_others_and_the_run_resumes(
+    tiny, tmp_path
+):
     (tmp_path / "dies.py").write_text(DIES)
-    for name, words, step in (("SIGKILL", "Signal 9", 2), ("SIGTERM", "stopped at epoch 1 step 3", 3)):
+    for name, words, step in (
+        ("SIGKILL", "Signal 9", 2),
+        ("SIGTERM", "stopped at epoch 1 step 3", 3),
+    ):
         env = {**ONE_THREAD, "PYTHONPATH": str(ROOT), "SIGNAL": name}
-        command = [sys.executable, *LAUNCH, "2", tmp_path / "dies.py", *tiny, "--log_folder", tmp_path / name]
+        command = [
+            sys.executable,
+            *LAUNCH,
+            "2",
+            tmp_path / "dies.py",
+            *tiny,
+            "--log_folder",
+            tmp_path / name,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
         assert done.returncode != 0
         assert words in done.stderr
@@ -140,7 +173,7 @@ def test_one_process_that_dies_or_is_told_to_stop_ends_the_others_and_the_run_re
 KILLED = """
 import os, signal, sys, main
 import encode, train
-from infra import image_cache
+from images import cache as image_cache
 place, ranks, *argv = sys.argv[1:]
 image_cache.MANY = 4
 def kill(owner, name):
@@ -164,7 +197,17 @@ def test_two_processes_killed_anywhere_and_resumed_end_with_the_same_bits(tiny, 
 
     def start(place, victims, name):
         env = {**ONE_THREAD, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, *LAUNCH, "2", tmp_path / "killed.py", place, victims, *tiny, "--log_folder", tmp_path / name]
+        command = [
+            sys.executable,
+            *LAUNCH,
+            "2",
+            tmp_path / "killed.py",
+            place,
+            victims,
+            *tiny,
+            "--log_folder",
+            tmp_path / name,
+        ]
         return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
     assert start("nowhere", "", "undisturbed").returncode == 0
@@ -179,8 +222,14 @@ def test_two_processes_killed_anywhere_and_resumed_end_with_the_same_bits(tiny, 
 
 @pytest.mark.parametrize("max_patches", [3, 63])
 def test_in_chunks_loss_and_gradient_are_those_of_the_whole_batch(max_patches, tmp_path):
-    assert_equal_to_rounding(one_step("", tmp_path), one_step(f"--max_patches {max_patches}", tmp_path))
+    assert_equal_to_rounding(
+        by_this_process(SMALL, tmp_path),
+        by_this_process(f"{SMALL} --max_patches {max_patches}", tmp_path),
+    )
 
 
 def test_in_chunks_of_two_processes_too(tmp_path):
-    assert_equal_to_rounding(one_step("", tmp_path), ranks.processes(2, f"{ranks.SMALL} --max_patches 20", 1))
+    assert_equal_to_rounding(
+        by_this_process(SMALL, tmp_path),
+        train_steps.by_processes(2, f"{SMALL} --max_patches 20"),
+    )

@@ -1,4 +1,5 @@
-"""Run folders that earlier versions of the program wrote: format-N.tar.xz has one of format N, and its images.
+"""Run folders that earlier versions of the program wrote: format-N.tar.xz has one of format N, and
+its images.
 
 Each is read, or refused in one line. Its weights were rounded, so that the file is small.
 """
@@ -17,13 +18,25 @@ COMMANDS = {
     "report": ("report", "--exp_dir", "run"),
     "compare": ("compare", "."),
     "export": ("export", "--exp_dir", "run", "--format", "torchvision"),
-    "embed": ("embed", "--exp_dir", "run", "--images", "images", "--out", "out.npz", "--device", "cpu"),
+    "embed": (
+        "embed",
+        "--exp_dir",
+        "run",
+        "--images",
+        "images",
+        "--out",
+        "out.npz",
+        "--device",
+        "cpu",
+    ),
 }
 
 
 @pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: path.name)
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_run_folder_of_each_format_is_read_or_refused_in_one_line(tmp_path, monkeypatch, archive, name):
+def test_a_run_folder_of_each_format_is_read_or_refused_in_one_line(
+    tmp_path, monkeypatch, archive, name
+):
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -13,7 +13,13 @@ def test_settings_are_checked_when_they_are_made_and_stay_as_they_are():
     assert (hp.n_patches, hp.lr, type(hp.lr), hp.bs) == (3, 1.0, float, 100)
     with pytest.raises(dataclasses.FrozenInstanceError):
         hp.n_patches = 4
-    for wrong in ({"n_patches": 0}, {"n_patches": 2.0}, {"arch": "resnet50"}, {"bags": 3, "n_patches": 4}, {"labels": 3}):
+    for wrong in (
+        {"n_patches": 0},
+        {"n_patches": 2.0},
+        {"arch": "resnet50"},
+        {"bags": 3, "n_patches": 4},
+        {"labels": 3},
+    ):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             Hparams(**wrong)
 

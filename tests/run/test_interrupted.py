@@ -17,15 +17,15 @@ import encode
 from experiment import Run, load_checkpoint
 from infra import files
 
-# The program itself. It is killed by SIGKILL when a file is about to be renamed to its name, and the file is half-written. Of
-# a checkpoint, that is the one that has done so many steps.
+# The program itself. It is killed by SIGKILL when a file is about to be renamed to its name, and
+# the file is half-written. Of a checkpoint, that is the one that has done so many steps.
 KILL = """
 import os, signal, sys, main
 from infra import files
 name, step, *argv = sys.argv[1:]
 rename = os.replace
 def kill(source, target):
-    if os.path.basename(target) == name and (step == "-" or files.load(source)["state"]["step"] == int(step)):
+    if os.path.basename(target) == name and (step == "-" or files.read_pt(source)["state"]["step"] == int(step)):
         os.truncate(source, os.path.getsize(source) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
     rename(source, target)
@@ -38,7 +38,10 @@ sys.exit(main.main(argv))
     ("name", "step"),
     [
         ("patches.png", "-"),  # before training
-        ("last.pt", 4),  # the middle of epoch 0; the line of step 4 in metrics.jsonl is written again
+        (
+            "last.pt",
+            4,
+        ),  # the middle of epoch 0; the line of step 4 in metrics.jsonl is written again
         ("0.pt", 6),  # the end of epoch 0
         ("last.pt", 6),  # 0.pt is written, last.pt is not
         ("last.pt", 12),  # the end of training
@@ -59,10 +62,24 @@ def test_sigkill_then_resume(tiny, finished, tmp_path, name, step):
     assert contents(tmp_path / RUN) == contents(finished)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
-def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on(tiny, finished, tmp_path, signum, code):
-    """Checkpoints within an epoch are off here, so the one at the signal is what resume goes on from."""
-    command = [*tiny, "--checkpoint_every", "1000", "--print_freq", "1", "--log_folder", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+)
+def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on(
+    tiny, finished, tmp_path, signum, code
+):
+    """Checkpoints within an epoch are off here, so the one at the signal is what resume goes on
+    from.
+    """
+    command = [
+        *tiny,
+        "--checkpoint_every",
+        "1000",
+        "--print_freq",
+        "1",
+        "--log_folder",
+        str(tmp_path),
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, ROOT / "main.py", *command], **pipes)
     for line in process.stdout:
@@ -82,15 +99,17 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on
         assert ours[name] == undisturbed[name]
 
 
-def test_a_signal_while_the_last_checkpoint_is_written_is_not_lost(tiny, finished, tmp_path, monkeypatch):
-    save = files.save
+def test_a_signal_while_the_last_checkpoint_is_written_is_not_lost(
+    tiny, finished, tmp_path, monkeypatch
+):
+    save = files.write_pt
 
     def save_and_signal(path, content, *args, **kwargs):
         save(path, content, *args, **kwargs)
         if path.name == "1.pt":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(files, "save", save_and_signal)
+    monkeypatch.setattr(files, "write_pt", save_and_signal)
     result = run(*tiny, "--log_folder", tmp_path)
     assert result.code == 143
     assert "Encoding" not in result.out
@@ -131,14 +150,18 @@ def test_a_probe_that_was_killed_between_its_files_is_fitted_again(finished, tmp
 
 
 def test_a_signal_outside_training_stops_too(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "encode", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        encode, "encode", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)
+    )
     result = run(*tiny, "--log_folder", tmp_path)
     assert (result.code, result.err) == (143, "stopped\n")
 
 
 def test_the_checkpoint_of_an_epoch_is_written_once(finished):
     """last.pt is a second name of the file, and the one of another epoch is not."""
-    zero, one, last = ((finished / "checkpoints" / name).stat().st_ino for name in ("0.pt", "1.pt", "last.pt"))
+    zero, one, last = (
+        (finished / "checkpoints" / name).stat().st_ino for name in ("0.pt", "1.pt", "last.pt")
+    )
     assert zero != one == last
 
 
@@ -175,7 +198,9 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(finished, tmp_path)
 
 
 @pytest.mark.parametrize("tenth", range(10))
-def test_a_checkpoint_cut_off_anywhere_falls_back_to_the_one_before(small_checkpoints, tmp_path, tenth, capsys):
+def test_a_checkpoint_cut_off_anywhere_falls_back_to_the_one_before(
+    small_checkpoints, tmp_path, tenth, capsys
+):
     exp_dir = shutil.copytree(small_checkpoints, tmp_path / "run")
     last = exp_dir / "checkpoints" / "last.pt"
     whole = last.read_bytes()
@@ -185,7 +210,9 @@ def test_a_checkpoint_cut_off_anywhere_falls_back_to_the_one_before(small_checkp
     assert load_checkpoint(last)["state"]["step"] == 8  # made whole again
 
 
-@pytest.mark.parametrize("n", [1, 4, 7, 10, 13, 16, 17])  # of 16 files: last.pt 11 times, two of epochs, artifacts, the probe
+@pytest.mark.parametrize(
+    "n", [1, 4, 7, 10, 13, 16, 17]
+)  # of 16 files: last.pt 11 times, two of epochs, artifacts, the probe
 def test_a_full_disk_loses_nothing(tiny, finished, tmp_path, monkeypatch, n):
     save, calls = torch.save, []
 
@@ -234,12 +261,15 @@ def stopped(tiny, tmp_path, monkeypatch):
     return tmp_path / RUN
 
 
-@pytest.mark.parametrize("damage", [
-    lambda text: text[:20] + b"\xff\xfe" + text[20:],
-    lambda text: text[:-10],
-    lambda text: text.replace(b'"epoch"', b'"epo\xe9h"', 1),
-    lambda text: b"",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:20] + b"\xff\xfe" + text[20:],
+        lambda text: text[:-10],
+        lambda text: text.replace(b'"epoch"', b'"epo\xe9h"', 1),
+        lambda text: b"",
+    ],
+)
 def test_damaged_metrics_do_not_stop_a_run_and_no_lines_are_joined(stopped, finished, damage):
     path = stopped / "metrics.jsonl"
     path.write_bytes(damage(path.read_bytes()))
@@ -247,10 +277,14 @@ def test_damaged_metrics_do_not_stop_a_run_and_no_lines_are_joined(stopped, fini
     assert result.code == 0, result.err
     ours, undisturbed = files.read_jsonl(path), files.read_jsonl(finished / "metrics.jsonl")
     names = ("global_step", "probe_epoch", "loss_sim", "top1")
-    ours, undisturbed = ([tuple(line.get(name) for name in names) for line in lines] for lines in (ours, undisturbed))
+    ours, undisturbed = (
+        [tuple(line.get(name) for name in names) for line in lines] for lines in (ours, undisturbed)
+    )
     assert set(ours) <= set(undisturbed) and ours[-4:] == undisturbed[-4:]
     path.unlink()
-    assert contents(stopped) == {name: content for name, content in contents(finished).items() if name != "metrics.jsonl"}
+    assert contents(stopped) == {
+        name: content for name, content in contents(finished).items() if name != "metrics.jsonl"
+    }
 
 
 def test_a_damaged_picture_is_drawn_again(stopped, finished):
@@ -261,13 +295,13 @@ def test_a_damaged_picture_is_drawn_again(stopped, finished):
 
 
 def test_hparams_edited_while_resume_loads_its_data_stay_edited(stopped, monkeypatch):
-    read_folder = data.read_folder
+    load_folder = data.load_folder
 
     def load_and_edit(*args):
         edit(stopped, print_freq=3)
-        return read_folder(*args)
+        return load_folder(*args)
 
-    monkeypatch.setattr(data, "read_folder", load_and_edit)
+    monkeypatch.setattr(data, "load_folder", load_and_edit)
     assert run("resume", "--exp_dir", stopped).code == 0
     assert Run(stopped).read_hparams().print_freq == 3
 
@@ -277,17 +311,30 @@ def test_a_disk_that_is_really_full(tiny, tmp_path, megabytes):
     mount = f"mount -t tmpfs -o size={megabytes}m none {tmp_path}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
-    command = " ".join(shlex.quote(str(word)) for word in (sys.executable, ROOT / "main.py", *tiny, "--log_folder", tmp_path))
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", f"{mount} && {command}"], capture_output=True, text=True)
-    errors = [line for line in unexpected(done.stderr).splitlines() if not line.startswith("warning: no more TensorBoard events")]
+    command = " ".join(
+        shlex.quote(str(word))
+        for word in (sys.executable, ROOT / "main.py", *tiny, "--log_folder", tmp_path)
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f"{mount} && {command}"], capture_output=True, text=True
+    )
+    errors = [
+        line
+        for line in unexpected(done.stderr).splitlines()
+        if not line.startswith("warning: no more TensorBoard events")
+    ]
     assert done.returncode == 1
-    assert len(errors) == 1 and errors[0].startswith("error: no space left on the disk"), done.stderr
+    assert len(errors) == 1 and errors[0].startswith("error: no space left on the disk"), (
+        done.stderr
+    )
 
 
 def test_two_processes_in_one_run_folder(tiny, finished, tmp_path):
     """The second one is refused while the first one lives, and takes over when it is dead."""
     command = [*tiny, "--log_folder", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, ROOT / "main.py", *command], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "main.py", *command], stdout=subprocess.PIPE, text=True
+    )
     next(line for line in process.stdout if line.startswith("epoch 0 step 4"))
     process.send_signal(signal.SIGSTOP)
     before = fingerprints(tmp_path)
@@ -314,7 +361,9 @@ def test_no_readable_checkpoint_is_an_error_and_nothing_is_lost(finished, tmp_pa
     assert {path: path.read_bytes() for path in exp_dir.rglob("*.*")} == before
 
 
-@pytest.mark.parametrize("name", ["artifacts/train.pt", "artifacts/test.pt", "probe.pt", "linear_accuracy.json"])
+@pytest.mark.parametrize(
+    "name", ["artifacts/train.pt", "artifacts/test.pt", "probe.pt", "linear_accuracy.json"]
+)
 def test_damaged_results_are_computed_again(finished, tmp_path, name):
     exp_dir = shutil.copytree(finished, tmp_path / "run")
     path = exp_dir / name

@@ -15,7 +15,8 @@ import torch
 from helpers import LAUNCH, ONE_THREAD, ROOT, RUN, refused, run
 from PIL import Image
 
-from infra import image_cache, lock
+from images import cache as image_cache
+from infra import lock
 from infra.errors import RunError
 
 ENTER = """
@@ -46,7 +47,8 @@ while True:
 DECODE = """
 import sys
 from pathlib import Path
-from infra import files, image_cache
+from images import cache as image_cache
+from infra import files
 decode = image_cache.decode_with_processes
 def announce(*arguments):
     print("decodes")
@@ -61,7 +63,7 @@ print(files.checksum(content["images"]), flush=True)
 # The program; the workers that decode wait for ever.
 SLOW_DECODE = """
 import os, sys, time, main
-from infra import image_cache
+from images import cache as image_cache
 image_cache.MANY = 4
 def wait(path, size):
     print("decoding", flush=True)
@@ -75,7 +77,12 @@ sys.exit(main.main(sys.argv[1:]))
 
 def start(code, *arguments, **options):
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
     return subprocess.Popen(command, cwd=ROOT, env={**ONE_THREAD, **options}, **pipes)
 
 
@@ -145,8 +152,14 @@ def test_a_look_at_the_moment_of_the_taking_does_not_refuse_it(tmp_path, monkeyp
     assert refused == [] and not path.exists()
 
 
-@pytest.mark.parametrize("make", [lambda path, other: path.symlink_to(other), lambda path, other: path.mkdir(),
-                                  lambda path, other: os.mkfifo(path)])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path, other: path.symlink_to(other),
+        lambda path, other: path.mkdir(),
+        lambda path, other: os.mkfifo(path),
+    ],
+)
 def test_something_else_in_the_place_of_the_lock_is_refused(copy, tmp_path, make):
     (tmp_path / "other").write_text("kept")
     make(copy / "lock", tmp_path / "other")
@@ -173,14 +186,18 @@ def test_a_lock_that_its_owner_removed_meanwhile_is_not_taken(tmp_path, monkeypa
 def many_images(folder, n):
     folder.mkdir()
     for i in range(n):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+        ).save(folder / f"{i}.png")
     return sorted(folder.iterdir())
 
 
 def test_two_processes_that_decode_the_same_folder_get_the_right_images(tmp_path):
     paths = many_images(tmp_path / "images", 400)
     truth = image_cache.files.checksum(image_cache.decode_in_memory(paths, 16)["images"])
-    both = [start(DECODE, tmp_path / "images", XDG_CACHE_HOME=str(tmp_path / "cache")) for _ in range(2)]
+    both = [
+        start(DECODE, tmp_path / "images", XDG_CACHE_HOME=str(tmp_path / "cache")) for _ in range(2)
+    ]
     for process in both:
         process.stdout.readline()
     for process in both:  # at once
@@ -188,8 +205,12 @@ def test_two_processes_that_decode_the_same_folder_get_the_right_images(tmp_path
         process.stdin.flush()
     outputs = [process.communicate() for process in both]
     assert [out.splitlines()[-1] for out, _ in outputs] == [truth, truth], outputs
-    assert sum(out.count("decodes") for out, _ in outputs) == 1  # the other one waits and takes what was written
-    third = start(DECODE, tmp_path / "images", XDG_CACHE_HOME=str(tmp_path / "cache")).communicate("\n")
+    assert (
+        sum(out.count("decodes") for out, _ in outputs) == 1
+    )  # the other one waits and takes what was written
+    third = start(DECODE, tmp_path / "images", XDG_CACHE_HOME=str(tmp_path / "cache")).communicate(
+        "\n"
+    )
     assert third[0].splitlines() == ["ready", truth]
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
@@ -215,7 +236,13 @@ def test_a_changed_byte_in_the_cache_is_noticed(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_workers_end_with_a_process_that_is_killed_and_the_lock_is_free(tiny, tmp_path):
-    process = start(SLOW_DECODE, *tiny, "--log_folder", tmp_path / "logs", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    process = start(
+        SLOW_DECODE,
+        *tiny,
+        "--log_folder",
+        tmp_path / "logs",
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )
     next(line for line in process.stdout if line == "decoding\n")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
@@ -228,10 +255,21 @@ def test_workers_end_with_a_process_that_is_killed_and_the_lock_is_free(tiny, tm
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_workers_that_outlive_their_killed_parent_hold_no_lock(tiny, tmp_path):
     """They are stopped, so that they can't notice its end."""
-    process = start(SLOW_DECODE, *tiny, "--log_folder", tmp_path / "logs", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    process = start(
+        SLOW_DECODE,
+        *tiny,
+        "--log_folder",
+        tmp_path / "logs",
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )
     next(line for line in process.stdout if line == "decoding\n")
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    wait_for(lambda: all(len(os.listdir(f"/proc/{pid}/task")) > 1 for pid in children))  # the thread that watches is the last
+    children = [
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
+    wait_for(
+        lambda: all(len(os.listdir(f"/proc/{pid}/task")) > 1 for pid in children)
+    )  # the thread that watches is the last
     for pid in children:
         os.kill(pid, signal.SIGSTOP)
     process.kill()
@@ -246,20 +284,44 @@ def test_workers_that_outlive_their_killed_parent_hold_no_lock(tiny, tmp_path):
 
 
 def test_a_killed_worker_ends_the_run_with_one_line(tiny, tmp_path):
-    process = start(SLOW_DECODE, *tiny, "--log_folder", tmp_path / "logs", XDG_CACHE_HOME=str(tmp_path / "cache"), KILL="1")
+    process = start(
+        SLOW_DECODE,
+        *tiny,
+        "--log_folder",
+        tmp_path / "logs",
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+        KILL="1",
+    )
     _, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (1, "error: a process that decodes images was killed: give the command again\n")
+    assert (process.returncode, err) == (
+        1,
+        "error: a process that decodes images was killed: give the command again\n",
+    )
 
 
 @pytest.mark.slow
 def test_processes_end_with_a_torchrun_that_is_killed(tiny, tmp_path):
     """They print into a file: a pipe that nobody reads any more would end them too."""
-    command = [sys.executable, *LAUNCH, "2", ROOT / "main.py", *tiny, "--n_epochs", "9999", "--print_freq", "1"]
+    command = [
+        sys.executable,
+        *LAUNCH,
+        "2",
+        ROOT / "main.py",
+        *tiny,
+        "--n_epochs",
+        "9999",
+        "--print_freq",
+        "1",
+    ]
     with open(tmp_path / "out", "w") as out:
         command = [*command, "--log_folder", tmp_path / "logs"]
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL, env=ONE_THREAD)
     try:
-        wait_for(lambda: "epoch 0 step 2/" in (tmp_path / "out").read_text() or process.poll() is not None)
+        wait_for(
+            lambda: (
+                "epoch 0 step 2/" in (tmp_path / "out").read_text() or process.poll() is not None
+            )
+        )
         ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     finally:
         process.kill()

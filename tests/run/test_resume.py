@@ -11,35 +11,61 @@ import helpers
 import pytest
 import torch
 import yaml
-from helpers import ROOT, RUN, changed_files, contents, edit, fingerprints, refused, run, trained_with, training_lines, unexpected
+from helpers import (
+    ROOT,
+    RUN,
+    changed_files,
+    contents,
+    edit,
+    fingerprints,
+    refused,
+    run,
+    trained_with,
+    training_lines,
+    unexpected,
+)
 from PIL import Image
 
 from experiment import Run
 from infra import files
-from picture import HEADER
+from tools.report.patches_png import HEADER
 
 
 def test_three_stages_from_the_shell(tiny, finished, tmp_path):
     command = [sys.executable, ROOT / "main.py", *tiny, "--log_folder", "logs"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, unexpected(done.stderr)) == (0, "")
-    assert re.search(r"^Epoch: 0 \| Loss sim: -0\.\d{5} \| Loss TCR: -\d+\.\d{5}$", done.stdout, re.M)
+    assert re.search(
+        r"^Epoch: 0 \| Loss sim: -0\.\d{5} \| Loss TCR: -\d+\.\d{5}$", done.stdout, re.M
+    )
     stages = ["Training SSL", "Encoding 'train'", "Encoding 'test'", "Fitting a linear", "Report"]
     assert re.findall(r"^===> (\w+(?: '?\w+'?)?(?: linear)?)", done.stdout, re.M) == stages
     assert "epoch 1 step 4/6 | sim" in done.stdout
     assert contents(tmp_path / "logs" / RUN) == contents(finished)  # another process, the same bits
     assert set(contents(finished)) == {
-        "hparams.yaml", "metrics.jsonl", "patches.png", "linear_accuracy.json", "probe.pt",
-        "checkpoints/0.pt", "checkpoints/1.pt", "checkpoints/last.pt", "artifacts/train.pt", "artifacts/test.pt",
-    }  # fmt: skip
+        "hparams.yaml",
+        "metrics.jsonl",
+        "patches.png",
+        "linear_accuracy.json",
+        "probe.pt",
+        "checkpoints/0.pt",
+        "checkpoints/1.pt",
+        "checkpoints/last.pt",
+        "artifacts/train.pt",
+        "artifacts/test.pt",
+    }
 
 
 def test_the_report_tells_what_the_files_hold(finished):
     result = json.loads((finished / "linear_accuracy.json").read_text())
-    embeddings = {split: files.load(finished / "artifacts" / f"{split}.pt") for split in ("train", "test")}
-    probe = files.load(finished / "probe.pt")
+    embeddings = {
+        split: files.read_pt(finished / "artifacts" / f"{split}.pt") for split in ("train", "test")
+    }
+    probe = files.read_pt(finished / "probe.pt")
     logits = embeddings["test"]["embeddings"] @ probe["weight"].T + probe["bias"]
-    assert result["top1"] == pytest.approx(100 * (logits.argmax(1) == embeddings["test"]["labels"]).double().mean().item())
+    assert result["top1"] == pytest.approx(
+        100 * (logits.argmax(1) == embeddings["test"]["labels"]).double().mean().item()
+    )
     assert (result["n_train"], result["n_test"]) == (24, 10)
     out = run("resume", "--exp_dir", finished).out
     assert re.search(rf"top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  last epoch", out)
@@ -47,14 +73,20 @@ def test_the_report_tells_what_the_files_hold(finished):
     assert re.search(rf"20-NN +top-1 {result['knn_top1']:.2f}%", out)
     assert str(finished) in out
     image, patches = 2 * (18 + 2), 2 * (2 * 18 + 2)  # 8 rows: image, gap, 2 patches
-    assert Image.open(finished / "patches.png").size == (image + image // 3 + patches, 2 * (8 * 18 + 2) + HEADER)
+    assert Image.open(finished / "patches.png").size == (
+        image + image // 3 + patches,
+        2 * (8 * 18 + 2) + HEADER,
+    )
 
 
 def test_metrics_and_rate(finished):
     lines = training_lines(finished)
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, 4), (0, 6), (1, 4), (1, 6)]
-    # A cosine over all 12 steps, from lr towards 0; each line gives the rate of its last step: 3, 5, 9 and 11.
-    expected = [0.15 * (1 + torch.tensor(torch.pi * step / 12).cos().item()) for step in (3, 5, 9, 11)]
+    # A cosine over all 12 steps, from lr towards 0; each line gives the rate of its last step: 3,
+    # 5, 9 and 11.
+    expected = [
+        0.15 * (1 + torch.tensor(torch.pi * step / 12).cos().item()) for step in (3, 5, 9, 11)
+    ]
     assert [line["lr"] for line in lines] == pytest.approx(expected)
 
 
@@ -65,10 +97,16 @@ def test_training_lowers_the_loss_and_leaves_the_labels_alone(tiny, images, tmp_
     for i, path in enumerate(sorted((images / "train").rglob("*.png"))):
         shutil.copy(path, heap / "train" / f"{i:02}.png")
     trained_with("--data_dir", heap, tiny=tiny, tmp_path=tmp_path)
-    ours, labelled = (files.load(folder / "checkpoints" / "last.pt")["encoder"] for folder in (tmp_path / RUN, finished))
+    ours, labelled = (
+        files.read_pt(folder / "checkpoints" / "last.pt")["encoder"]
+        for folder in (tmp_path / RUN, finished)
+    )
     assert all(torch.equal(ours[name], labelled[name]) for name in labelled)
     first, *_, last = training_lines(tmp_path / RUN)
-    assert 200 * last["loss_sim"] + last["loss_uniformity"] < 200 * first["loss_sim"] + first["loss_uniformity"]
+    assert (
+        200 * last["loss_sim"] + last["loss_uniformity"]
+        < 200 * first["loss_sim"] + first["loss_uniformity"]
+    )
 
 
 def test_images_without_labels_skip_the_probe_and_say_why(tiny, tmp_path):
@@ -99,12 +137,15 @@ def test_a_probe_setting_runs_only_the_probe_again(copy):
     assert result.code == 0, result.err
     changed = changed_files(copy, before)
     assert changed == {"hparams.yaml", "linear_accuracy.json", "probe.pt"}  # the first by our edit
-    assert yaml.safe_load((copy / "hparams.yaml").read_text())["params"]["eval_lr"] == "1e-1"  # as it was typed
+    assert (
+        yaml.safe_load((copy / "hparams.yaml").read_text())["params"]["eval_lr"] == "1e-1"
+    )  # as it was typed
     assert json.loads((copy / "linear_accuracy.json").read_text())["key"]["eval_lr"] == 0.1
 
 
 @pytest.mark.parametrize(
-    "change", [{"test_patches": 3}, {"emb_pool": "proj"}, {"save_proj": "true"}, {"eval_views": "crops"}]
+    "change",
+    [{"test_patches": 3}, {"emb_pool": "proj"}, {"save_proj": "true"}, {"eval_views": "crops"}],
 )
 def test_an_encode_setting_encodes_and_probes_again(copy, change):
     before = fingerprints(copy)
@@ -112,13 +153,17 @@ def test_an_encode_setting_encodes_and_probes_again(copy, change):
     assert run("resume", "--exp_dir", copy).code == 0
     changed = changed_files(copy, before)
     assert changed == {"hparams.yaml", "train.pt", "test.pt", "linear_accuracy.json", "probe.pt"}
-    encoded = files.load(copy / "artifacts" / "test.pt")
+    encoded = files.read_pt(copy / "artifacts" / "test.pt")
     assert encoded["embeddings"].shape == (10, 4 if change == {"emb_pool": "proj"} else 8)
     assert ("features" in encoded) == ("save_proj" in change)
 
 
 def test_more_epochs_train_on_from_the_last_checkpoint(copy):
-    old = {name: value for name, value in contents(copy).items() if name in ("checkpoints/0.pt", "checkpoints/1.pt")}
+    old = {
+        name: value
+        for name, value in contents(copy).items()
+        if name in ("checkpoints/0.pt", "checkpoints/1.pt")
+    }
     weights = contents(copy)["linear_accuracy.json"]["key"]["encoder"]
     edit(copy, n_epochs=3)
     result = run("resume", "--exp_dir", copy)
@@ -156,13 +201,25 @@ def test_what_the_weights_rule_out_is_refused(copy, change, words):
 
 
 def test_a_part_of_an_epoch_and_the_rest_of_it(tiny, tmp_path):
-    """1.5 epochs of 6 steps: 9 steps and a cosine over them; then on to 2 epochs, from the middle of the second."""
+    """1.5 epochs of 6 steps: 9 steps and a cosine over them; then on to 2 epochs, from the middle
+    of the second.
+    """
     trained_with("--n_epochs", "1.5", "--print_freq", "1", tiny=tiny, tmp_path=tmp_path)
     exp_dir = tmp_path / RUN
     lines = training_lines(exp_dir)
-    assert [(line["epoch"], line["step"]) for line in lines] == [(0, n) for n in range(1, 7)] + [(1, 1), (1, 2), (1, 3)]
-    assert [line["lr"] for line in lines] == pytest.approx([0.15 * (1 + math.cos(math.pi * t / 9)) for t in range(9)])
-    assert {path.name for path in (exp_dir / "checkpoints").iterdir()} == {"0.pt", "previous.pt", "last.pt"}
+    assert [(line["epoch"], line["step"]) for line in lines] == [(0, n) for n in range(1, 7)] + [
+        (1, 1),
+        (1, 2),
+        (1, 3),
+    ]
+    assert [line["lr"] for line in lines] == pytest.approx(
+        [0.15 * (1 + math.cos(math.pi * t / 9)) for t in range(9)]
+    )
+    assert {path.name for path in (exp_dir / "checkpoints").iterdir()} == {
+        "0.pt",
+        "previous.pt",
+        "last.pt",
+    }
     before = fingerprints(exp_dir)
     assert run("resume", "--exp_dir", exp_dir).code == 0
     assert fingerprints(exp_dir) == before
@@ -186,10 +243,12 @@ def test_more_epochs_after_none_at_all(tiny, finished, tmp_path):
 
 
 def test_bs_edited_within_an_epoch(copy, tiny):
-    """After 4 of 6 steps of 4 images, bs 5 goes on at step 3 of 4: 15 of the 16 images lie behind it."""
+    """After 4 of 6 steps of 4 images, bs 5 goes on at step 3 of 4: 15 of the 16 images lie behind
+    it.
+    """
     last = copy / "checkpoints" / "last.pt"
-    content = files.load(copy / "checkpoints" / "0.pt")
-    files.save(last, {**content, "state": {**content["state"], "step": 6 + 4}})
+    content = files.read_pt(copy / "checkpoints" / "0.pt")
+    files.write_pt(last, {**content, "state": {**content["state"], "step": 6 + 4}})
     (copy / "checkpoints" / "1.pt").unlink()
     edit(copy, bs=5)
     result = run("resume", "--exp_dir", copy)
@@ -208,7 +267,15 @@ def test_a_training_setting_edited_on_the_way_is_used_and_recorded(copy):
     assert "lr was 0.3, from here on it is 0.1" in result.out
     new = contents(copy)["metrics.jsonl"]
     assert new[:2] == old[:2]
-    assert new[2] == {"event": "changed", "epoch": 1, "step": 0, "global_step": 6, "name": "lr", "old": 0.3, "new": 0.1}
+    assert new[2] == {
+        "event": "changed",
+        "epoch": 1,
+        "step": 0,
+        "global_step": 6,
+        "name": "lr",
+        "old": 0.3,
+        "new": 0.1,
+    }
     assert new[3]["name"] == "weight_decay"
     assert new[4]["lr"] == pytest.approx(old[2]["lr"] / 3)
     assert new[4]["loss_sim"] != old[2]["loss_sim"]
@@ -236,7 +303,9 @@ def test_labels_that_were_edited_after_the_run_are_refused(tiny, images, tmp_pat
     assert refused(run(*command), 2, "are not those that this run was trained on")
 
 
-def test_train_again_goes_on_says_what_differs_and_starts_over_only_when_told(tiny, finished, tmp_path):
+def test_train_again_goes_on_says_what_differs_and_starts_over_only_when_told(
+    tiny, finished, tmp_path
+):
     exp_dir = shutil.copytree(finished, tmp_path / RUN)
     before = fingerprints(exp_dir)
     again = [*tiny, "--log_folder", tmp_path]
@@ -252,12 +321,15 @@ def test_train_again_goes_on_says_what_differs_and_starts_over_only_when_told(ti
     result = run(*again, "--eval_lr", "0.5", "--h_dim", "16")
     assert (result.code, fingerprints(exp_dir)) == (2, before)
 
-    result = run(*again, "--no-resume", "--data_dir", tmp_path / "none")  # an error moves nothing aside
+    result = run(
+        *again, "--no-resume", "--data_dir", tmp_path / "none"
+    )  # an error moves nothing aside
     assert (result.code, fingerprints(exp_dir)) == (2, before)
 
     result = run(*again, "--no-resume", "--h-dim", "16")
     assert result.code == 0
     assert {path.relative_to(exp_dir): value for path, value in before.items()} == {
-        path.relative_to(tmp_path / f"{RUN}.old1"): value for path, value in fingerprints(tmp_path / f"{RUN}.old1").items()
+        path.relative_to(tmp_path / f"{RUN}.old1"): value
+        for path, value in fingerprints(tmp_path / f"{RUN}.old1").items()
     }
     assert Run(exp_dir).read_hparams().h_dim == 16

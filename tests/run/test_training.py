@@ -18,12 +18,13 @@ import loss
 import train
 from experiment import Run
 from hparams import Hparams
-from infra import device, files, image_cache
+from images import cache as image_cache
+from infra import files
 from infra.device import generator
 from lars import LARS
 from model import Encoder
 from patches import Views, sample_patches
-from weights import build_encoder
+from weights import new_encoder
 
 
 @pytest.mark.parametrize(
@@ -32,13 +33,21 @@ from weights import build_encoder
         {},
         {"optimizer": "sgd", "lr": 0.01, "weight_decay": 0.1},
         {"uniformity_loss": "vonmises", "uniformity_loss_weight": 30.0},
-        {"tcr_eps": 0.5, "invariance_loss_weight": 3.0, "weight_decay": 0.5, "n_patches": 3, "seed": 7},
+        {
+            "tcr_eps": 0.5,
+            "invariance_loss_weight": 3.0,
+            "weight_decay": 0.5,
+            "n_patches": 3,
+            "seed": 7,
+        },
         {"n_patches": 4, "bags": 2, "input_size": 8, "n_epochs": 1.5},
         {"schedule": "constant"},
     ],
 )
 def test_training_is_what_a_plain_loop_does(tiny, tmp_path, options):
-    """Two epochs of three steps, written out with torch's SGD or our LARS, from the images and the seed alone."""
+    """Two epochs of three steps, written out with torch's SGD or our LARS, from the images and the
+    seed alone.
+    """
     argv = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     trained_with(*argv, "--n_images", "13", tiny=tiny, tmp_path=tmp_path)
     exp_dir = next(tmp_path.glob("default__*"))
@@ -46,27 +55,53 @@ def test_training_is_what_a_plain_loop_does(tiny, tmp_path, options):
     assert options.items() <= vars(hp).items()
     train_set = data.load_images("folder", hp.data_dir, True, 16)
     subset = data.balanced_subset(train_set.labels, 24, 13, generator(hp.seed, "subset"))
-    pixels, encoder = train_set.images[subset], build_encoder(hp, None).to(memory_format=torch.channels_last)
+    pixels, encoder = (
+        train_set.images[subset],
+        new_encoder(hp).to(memory_format=torch.channels_last),
+    )
     if hp.optimizer == "sgd":
-        optimizer = torch.optim.SGD(encoder.parameters(), 1, momentum=0.9, nesterov=True, weight_decay=hp.weight_decay)
+        optimizer = torch.optim.SGD(
+            encoder.parameters(), 1, momentum=0.9, nesterov=True, weight_decay=hp.weight_decay
+        )
     else:
-        settings = {"momentum": 0.9, "nesterov": True, "weight_decay": hp.weight_decay, "eta": 0.005, "clip": True}
+        settings = {
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": hp.weight_decay,
+            "eta": 0.005,
+            "clip": True,
+        }
         optimizer = LARS(encoder.parameters(), 1, **settings)
     n_total = math.ceil(3 * hp.n_epochs)
     for t in range(n_total):
         epoch, step = divmod(t, 3)
-        optimizer.param_groups[0]["lr"] = hp.lr * (1 + math.cos(math.pi * t / n_total)) / 2 if hp.schedule == "cosine" else hp.lr
-        batch = torch.randperm(13, generator=generator(hp.seed, "order", epoch))[4 * step : 4 * step + 4]
-        x = sample_patches(pixels[batch], hp.n_patches, generator(hp.seed, "patches", epoch, step), hp.input_size or 16)
+        optimizer.param_groups[0]["lr"] = (
+            hp.lr * (1 + math.cos(math.pi * t / n_total)) / 2 if hp.schedule == "cosine" else hp.lr
+        )
+        batch = torch.randperm(13, generator=generator(hp.seed, "order", epoch))[
+            4 * step : 4 * step + 4
+        ]
+        x = sample_patches(
+            pixels[batch],
+            hp.n_patches,
+            generator(hp.seed, "patches", epoch, step),
+            hp.input_size or 16,
+        )
         z = encoder(x.flatten(0, 1))[1].view(hp.n_patches, 4, 4)
         if hp.bags == 2:  # patches 0 and 1 of an image as those of two images, and so on
             z = torch.stack([torch.cat([z[0], z[1]]), torch.cat([z[2], z[3]])])
-        invariance = loss.invariance_loss(z)  # first: in what order autograd adds gradients decides their last bits
-        uniformity = loss.vonmises_loss(z) if hp.uniformity_loss == "vonmises" else loss.tcr_loss(z, hp.tcr_eps)
+        invariance = loss.invariance_loss(
+            z
+        )  # first: in what order autograd adds gradients decides their last bits
+        uniformity = (
+            loss.vonmises_loss(z)
+            if hp.uniformity_loss == "vonmises"
+            else loss.tcr_loss(z, hp.tcr_eps)
+        )
         optimizer.zero_grad()
         (hp.invariance_loss_weight * invariance + hp.uniformity_loss_weight * uniformity).backward()
         optimizer.step()
-    trained = files.load(exp_dir / "checkpoints" / "last.pt")["encoder"]
+    trained = files.read_pt(exp_dir / "checkpoints" / "last.pt")["encoder"]
     assert all(torch.equal(trained[name], value) for name, value in encoder.state_dict().items())
 
 
@@ -79,7 +114,9 @@ def test_a_step_never_waits_for_the_device(device, uniformity_loss, monkeypatch)
         raise AssertionError("a value was read")
 
     if device == "meta":
-        monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # which there is none of on meta
+        monkeypatch.setattr(
+            torch, "autocast", lambda *args, **kwargs: nullcontext()
+        )  # which there is none of on meta
     hp = Hparams(n_patches=3, h_dim=8, z_dim=4, uniformity_loss=uniformity_loss)
     for arch in ("resnet18-tiny", "resnet18-imagenet"):
         encoder = Encoder(arch, 8, 4).to(device)
@@ -94,7 +131,9 @@ def test_a_step_never_waits_for_the_device(device, uniformity_loss, monkeypatch)
         torch.zeros(2, device="meta").sum().item()
 
 
-@pytest.mark.parametrize(("max_patches", "seen"), [(None, [8]), (8, [8]), (7, [4, 4] * 2), (3, [3, 3, 2] * 2)])
+@pytest.mark.parametrize(
+    ("max_patches", "seen"), [(None, [8]), (8, [8]), (7, [4, 4] * 2), (3, [3, 3, 2] * 2)]
+)
 def test_max_patches_bounds_what_is_in_the_network_at_once(max_patches, seen):
     """With a bound each patch passes twice: without a graph, and then with one."""
     hp, found = Hparams(n_patches=2, h_dim=8, z_dim=4, max_patches=max_patches), []
@@ -107,46 +146,79 @@ def test_max_patches_bounds_what_is_in_the_network_at_once(max_patches, seen):
 
 def test_patches_are_sampled_chunk_by_chunk(monkeypatch):
     """As many at once as are in the network, and the same ones as all at once."""
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(0))
-    whole, found, render = sample_patches(images, 2, generator(0, "t")).flatten(0, 1), [], train.render
-    monkeypatch.setattr(train, "render", lambda *args, **kwargs: found.append(render(*args, **kwargs)) or found[-1])
-    hp, encoder = Hparams(n_patches=2, h_dim=8, z_dim=4, max_patches=3), Encoder("resnet18-tiny", 8, 4)
-    train.build_step(hp, encoder, train.build_optimizer(hp, encoder), bf16=False)(images, generator(0, "t"))
+    images = torch.randint(
+        0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(0)
+    )
+    whole, found, render = (
+        sample_patches(images, 2, generator(0, "t")).flatten(0, 1),
+        [],
+        train.render,
+    )
+    monkeypatch.setattr(
+        train, "render", lambda *args, **kwargs: found.append(render(*args, **kwargs)) or found[-1]
+    )
+    hp, encoder = (
+        Hparams(n_patches=2, h_dim=8, z_dim=4, max_patches=3),
+        Encoder("resnet18-tiny", 8, 4),
+    )
+    train.build_step(hp, encoder, train.build_optimizer(hp, encoder), bf16=False)(
+        images, generator(0, "t")
+    )
     assert [len(x) for x in found] == [3, 3, 2] * 2
     torch.testing.assert_close(torch.cat(found), torch.cat([whole, whole]), rtol=0, atol=1e-6)
 
 
 def test_the_memory_of_a_step_is_told_before(tiny, tmp_path):
-    """What autograd keeps of a patch, counted by hand for an encoder without a backbone; and the lines about it."""
+    """What autograd keeps of a patch, counted by hand for an encoder without a backbone; and the
+    lines about it.
+    """
     encoder = Encoder("resnet18-tiny", h_dim=32, z_dim=16, activation="tanh")
     encoder.backbone = torch.nn.Flatten()
     encoder.features[0] = torch.nn.Linear(3 * 16 * 16, 32)
     state = {name: value.clone() for name, value in encoder.state_dict().items()}
-    patch = device.saved_bytes(encoder, 7, 16, False) - device.saved_bytes(encoder, 6, 16, False)
-    # The input of each layer, the output of tanh, which is the next one's input, and the norm of z and its clamp.
+    patch = forecast.saved_bytes(encoder, 7, 16, False) - forecast.saved_bytes(
+        encoder, 6, 16, False
+    )
+    # The input of each layer, the output of tanh, which is the next one's input, and the norm of z
+    # and its clamp.
     assert 4 * (768 + 4 * 32 + 16) <= patch <= 4 * (768 + 4 * 32 + 2 * 16 + 4)
     assert all(torch.equal(state[name], value) for name, value in encoder.state_dict().items())
     result = run(*tiny, "--log_folder", tmp_path)
-    assert re.search(r"^\* Memory: about \d+\.\d GB for a step of 8 patches; \d+\.\d GB are there$", result.out, re.M)
+    assert re.search(
+        r"^\* Memory: about \d+\.\d GB for a step of 8 patches; \d+\.\d GB are there$",
+        result.out,
+        re.M,
+    )
     assert re.search(r"^memory           [1-9]?\d\.\d\d GB at most", result.out, re.M)
     assert result.err == ""
 
 
-def test_a_step_that_does_not_fit_into_memory_is_refused_and_a_new_run_takes_chunks_that_fit(tiny, tmp_path, monkeypatch):
+def test_a_step_that_does_not_fit_into_memory_is_refused_and_a_new_run_takes_chunks_that_fit(
+    tiny, tmp_path, monkeypatch
+):
     """With 4 GB for each patch, and 28 GB for all: 0.7 of that are 4 patches and the weights."""
-    monkeypatch.setattr(forecast, "step_memory", lambda *args: (4e9, 1e9, 0))
+    monkeypatch.setattr(forecast, "step_memory", lambda *args: forecast.StepMemory(4e9, 1e9, 0))
     monkeypatch.setattr(forecast, "total_memory", lambda device: 28e9)
     options = [*tiny, "--n_epochs", "1", "--log_folder", tmp_path]
     dry = run(*options, "--dry_run")
     assert dry.code == 0 and "max_patches: 4\n" in dry.out and not any(tmp_path.iterdir())
     refusal = run(*options, "--max_patches", "none")
-    assert (refusal.code, refusal.err) == (2, "error: a step of 8 patches takes about 33.0 GB, and 28.0 GB are there: set "
-                                           "max_patches 4, or lower bs or n_patches\n")  # fmt: skip
+    assert (refusal.code, refusal.err) == (
+        2,
+        "error: a step of 8 patches takes about 33.0 GB, and 28.0 GB are there: set "
+        "max_patches 4, or lower bs or n_patches\n",
+    )
     assert not any(tmp_path.iterdir())
 
     result = run(*options)
-    assert result.code == 0 and "* max_patches: 4 of the 8 patches of a step are in the network at once" in result.out
-    assert "about 17.0 GB for a step of 4 patches" in result.out and Run(tmp_path / RUN).read_hparams().max_patches == 4
+    assert (
+        result.code == 0
+        and "* max_patches: 4 of the 8 patches of a step are in the network at once" in result.out
+    )
+    assert (
+        "about 17.0 GB for a step of 4 patches" in result.out
+        and Run(tmp_path / RUN).read_hparams().max_patches == 4
+    )
     monkeypatch.setattr(forecast, "total_memory", lambda device: 100e9)
     for command in (["resume", "--exp_dir", tmp_path / RUN], options):
         assert run(*command).code == 0 and Run(tmp_path / RUN).read_hparams().max_patches == 4
@@ -159,12 +231,16 @@ def test_a_step_that_does_not_fit_into_memory_is_refused_and_a_new_run_takes_chu
 
 
 def test_compile_trains_the_same_weights(tiny, finished, tmp_path, monkeypatch):
-    """Without the compiler, which takes a minute: what is compiled is called, and its weights are the checkpoint's."""
+    """Without the compiler, which takes a minute: what is compiled is called, and its weights are
+    the checkpoint's.
+    """
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
     trained_with("--compile", tiny=tiny, tmp_path=tmp_path)
     assert [type(module) for module in compiled] == [Encoder]
-    assert contents(tmp_path / RUN)["artifacts/train.pt"] == contents(finished)["artifacts/train.pt"]
+    assert (
+        contents(tmp_path / RUN)["artifacts/train.pt"] == contents(finished)["artifacts/train.pt"]
+    )
 
 
 def test_no_epochs_leave_the_seeded_random_encoder(tiny, tmp_path):
@@ -173,9 +249,9 @@ def test_no_epochs_leave_the_seeded_random_encoder(tiny, tmp_path):
         torch.manual_seed(1)
         other = Encoder("resnet18-tiny", 8, 4).state_dict()
     rng = torch.get_rng_state()
-    fresh = build_encoder(Run(tmp_path / RUN).read_hparams(), None).state_dict()
+    fresh = new_encoder(Run(tmp_path / RUN).read_hparams()).state_dict()
     assert torch.equal(rng, torch.get_rng_state())
-    saved = files.load(tmp_path / RUN / "checkpoints" / "last.pt")["encoder"]
+    saved = files.read_pt(tmp_path / RUN / "checkpoints" / "last.pt")["encoder"]
     assert all(torch.equal(saved[name], fresh[name]) for name in fresh)
     assert not torch.equal(other["backbone.conv1.weight"], fresh["backbone.conv1.weight"])
 
@@ -189,23 +265,36 @@ def test_evaluations_on_the_way_change_nothing_else(tiny, finished, tmp_path):
         assert ours[name] == plain[name]
     steps = [(line["epoch"], line["step"]) for line in ours["metrics.jsonl"] if "knn_top1" in line]
     assert steps == [(0, 5), (1, 4)]
-    assert [line for line in ours["metrics.jsonl"] if "knn_top1" not in line] == plain["metrics.jsonl"]
+    assert [line for line in ours["metrics.jsonl"] if "knn_top1" not in line] == plain[
+        "metrics.jsonl"
+    ]
 
 
 def test_pretrained_projection_is_loaded_and_frozen(tiny, finished, tmp_path):
     source = finished / "checkpoints" / "0.pt"
     trained_with("--pretrained_proj", source, "--seed", "1", tiny=tiny, tmp_path=tmp_path)
-    theirs, ours = (files.load(path)["encoder"] for path in (source, tmp_path / f"{RUN}_seed1" / "checkpoints" / "last.pt"))
+    theirs, ours = (
+        files.read_pt(path)["encoder"]
+        for path in (source, tmp_path / f"{RUN}_seed1" / "checkpoints" / "last.pt")
+    )
     for name in theirs:
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             assert torch.equal(theirs[name], ours[name]) == name.startswith("projection."), name
 
-    torch.save({"format": files.FORMAT, "encoder": {"backbone.conv1.weight": torch.ones(1)}}, tmp_path / "none.pt")
-    for path, words in ((tmp_path / "none.pt", "holds no projection"), (tmp_path / "missing.pt", "is not a file")):
+    torch.save(
+        {"format": files.FORMAT, "encoder": {"backbone.conv1.weight": torch.ones(1)}},
+        tmp_path / "none.pt",
+    )
+    for path, words in (
+        (tmp_path / "none.pt", "holds no projection"),
+        (tmp_path / "missing.pt", "is not a file"),
+    ):
         result = run(*tiny, "--pretrained_proj", path, "--log_folder", tmp_path / "other")
         assert (result.code, (tmp_path / "other").exists()) == (2, False)
         assert words in result.err
-    result = run(*tiny, "--pretrained_proj", source, "--z_dim", "5", "--log_folder", tmp_path / "other")
+    result = run(
+        *tiny, "--pretrained_proj", source, "--z_dim", "5", "--log_folder", tmp_path / "other"
+    )
     assert result.code == 2
     assert "z_dim" in result.err
 
@@ -215,14 +304,23 @@ def test_images_that_stay_in_a_file_train_the_same_weights(tiny, finished, tmp_p
     monkeypatch.setattr(image_cache, "LARGE", 0)
     read = []
     get = image_cache.ImageFile.__getitem__
-    monkeypatch.setattr(image_cache.ImageFile, "__getitem__", lambda *args: read.append(1) or get(*args))
+    monkeypatch.setattr(
+        image_cache.ImageFile, "__getitem__", lambda *args: read.append(1) or get(*args)
+    )
     trained_with(tiny=tiny, tmp_path=tmp_path)
     assert len(read) > 12
     ours, undisturbed = contents(tmp_path / RUN), contents(finished)
     assert ours["checkpoints/last.pt"]["encoder"] == undisturbed["checkpoints/last.pt"]["encoder"]
-    for name in ("artifacts/train.pt", "artifacts/test.pt", "linear_accuracy.json", "metrics.jsonl"):
+    for name in (
+        "artifacts/train.pt",
+        "artifacts/test.pt",
+        "linear_accuracy.json",
+        "metrics.jsonl",
+    ):
         for content in (ours[name], undisturbed[name]) if name != "metrics.jsonl" else ():
-            del content["key"]  # it has the fingerprint of the images, which is another one for a file
+            del content[
+                "key"
+            ]  # it has the fingerprint of the images, which is another one for a file
         assert ours[name] == undisturbed[name]
 
 
@@ -233,28 +331,43 @@ def test_no_float64_in_a_training_step_or_the_encoding(finished):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             for tensor in torch.utils._pytree.tree_leaves(out):
-                assert not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64, function
+                assert not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64, (
+                    function
+                )
             return out
 
     hp = Run(finished).read_hparams()
-    encoder, images = build_encoder(hp, None), torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    encoder, images = (
+        new_encoder(hp),
+        torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8),
+    )
     with Types():
         for losses in ("tcr", "vonmises"):
             step_hp = replace(hp, uniformity_loss=losses)
-            train.build_step(step_hp, encoder, train.build_optimizer(hp, encoder), bf16=False)(images, generator(0, "t"))
+            train.build_step(step_hp, encoder, train.build_optimizer(hp, encoder), bf16=False)(
+                images, generator(0, "t")
+            )
         encode.encode(encoder, images, Views(2), partial(generator, 0, "t"))
 
 
-def test_a_slow_machine_shows_losses_between_the_reports_and_records_nothing_more(tiny, finished, tmp_path, monkeypatch):
+def test_a_slow_machine_shows_losses_between_the_reports_and_records_nothing_more(
+    tiny, finished, tmp_path, monkeypatch
+):
     monkeypatch.setattr(train, "SHOW_EVERY", -1.0)
     result = trained_with(tiny=tiny, tmp_path=tmp_path)
-    assert len(re.findall(r"^epoch \d step \d/6 \| sim -?\d\.\d{4} uniformity ", result.out, re.M)) == 12
-    assert len(re.findall(r"^\* Training will take about \d\d:\d\d from here on$", result.out, re.M)) == 1
+    assert (
+        len(re.findall(r"^epoch \d step \d/6 \| sim -?\d\.\d{4} uniformity ", result.out, re.M))
+        == 12
+    )
+    assert (
+        len(re.findall(r"^\* Training will take about \d\d:\d\d from here on$", result.out, re.M))
+        == 1
+    )
     assert contents(tmp_path / RUN) == contents(finished)
 
 
 def test_a_long_training_on_a_cpu_is_told_what_is_quicker(caplog):
     for seconds, name, told in ((3601, "cpu", True), (3599, "cpu", False), (10**6, "cuda", False)):
         caplog.clear()
-        forecast.tell_end(seconds, torch.device(name))
+        train.log_end(seconds, torch.device(name))
         assert ("--preset laptop" in caplog.text) == told

@@ -1,6 +1,7 @@
-"""The real command, killed at random moments and given again until it is done: the bits of one that was left alone.
+"""The real command, killed at random moments and given again until it is done: the bits of one that
+was left alone.
 
-    python -m pytest tests/stress/test_chaos.py --runs 200
+python -m pytest tests/stress/test_chaos.py --runs 200
 """
 
 import random
@@ -12,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from helpers import ROOT, RUN, contents
 
-# The program with a slow disk: a file is written in ten parts, and flushed for a while. Some kills find half a file.
+# The program with a slow disk: a file is written in ten parts, and flushed for a while. Some kills
+# find half a file.
 SLOW = """
 import io, os, sys, time, torch, main
 save, fsync = torch.save, os.fsync
@@ -31,17 +33,29 @@ torch.save, os.fsync = slow_save, slow_fsync
 sys.exit(main.main(sys.argv[1:]))
 """
 # A line of the program's output: a kill comes up to half a second after one of them.
-MOMENTS = ("* Device", "* Loading", "===> Training", "Epoch: 0", "Epoch: 1", "* Encoder", "===> Encoding 'test'", "===> Fitting")
+MOMENTS = (
+    "* Device",
+    "* Loading",
+    "===> Training",
+    "Epoch: 0",
+    "Epoch: 1",
+    "* Encoder",
+    "===> Encoding 'test'",
+    "===> Fitting",
+)
 
 
 def killed_and_resumed(tiny, finished, folder, seed, kills):
-    """Start runs and kill them, `kills` times in all; each is resumed until it is done and then compared. Returns the
-    moments of the kills, and how many of them left half a file."""
+    """Start runs and kill them, `kills` times in all; each is resumed until it is done and then
+    compared. Returns the moments of the kills, and how many of them left half a file.
+    """
     choose, moments, halves, n_done = random.Random(seed), [], 0, 0
     while True:
         logs = folder / f"{seed}-{n_done}"
         command = [sys.executable, "-c", SLOW, *tiny, "--log_folder", str(logs)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         moment, delay = choose.choice(MOMENTS), choose.uniform(0, 0.5)
         for line in process.stdout:
             if line.startswith(moment) and len(moments) < kills:
@@ -64,7 +78,13 @@ def killed_and_resumed(tiny, finished, folder, seed, kills):
 def test_kills_at_random_moments_change_no_bit(tiny, finished, tmp_path, request):
     kills = request.config.getoption("--runs") // 2
     with ThreadPoolExecutor(2) as pool:
-        chains = list(pool.map(lambda seed: killed_and_resumed(tiny, finished, tmp_path, seed, kills), (1, 2)))
+        chains = list(
+            pool.map(lambda seed: killed_and_resumed(tiny, finished, tmp_path, seed, kills), (1, 2))
+        )
     moments = [moment for moments, _ in chains for moment in moments]
-    print({moment: moments.count(moment) for moment in MOMENTS}, "half files:", sum(halves for _, halves in chains))
+    print(
+        {moment: moments.count(moment) for moment in MOMENTS},
+        "half files:",
+        sum(halves for _, halves in chains),
+    )
     assert len(moments) == 2 * kills

@@ -19,7 +19,12 @@ def drawing(ink=INK):
     import matplotlib
 
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    others = {"text.parse_math": False, "font.size": 9, "legend.frameon": False, "svg.hashsalt": "report"}
+    others = {
+        "text.parse_math": False,
+        "font.size": 9,
+        "legend.frameon": False,
+        "svg.hashsalt": "report",
+    }
     with matplotlib.rc_context({**dict.fromkeys(names, ink), **others}):
         yield
 
@@ -36,33 +41,56 @@ def axes(width, height, title=""):
 
 
 def map_figure(embeddings, labels, class_names, n=N_MAP):
-    """Draw up to n embeddings (N, d) in two dimensions, coloured by class: t-SNE by cosine, of 50 principal components."""
+    """Draw up to n embeddings (N, d) in two dimensions, coloured by class: t-SNE by cosine, of 50
+    principal components.
+    """
     from matplotlib import colormaps
     from sklearn.manifold import TSNE
 
-    some = balanced_subset(labels, len(embeddings), min(n, len(embeddings)), generator(0, "map"))
+    some = balanced_subset(labels, len(embeddings), n, generator(0, "map"))
     x = F.normalize(embeddings[some], dim=1)
     x = x - x.mean(0)
     x = x @ torch.linalg.svd(x, full_matrices=False).Vh[:50].T
     perplexity = min(30, max(1, (len(x) - 1) / 3))
-    init = "pca" if len(x) > 4 and x.std() > 0 else "random"  # scikit-learn crashes on equal embeddings, which have no components
+    init = (
+        "pca" if len(x) > 4 and x.std() > 0 else "random"
+    )  # scikit-learn crashes on equal embeddings, which have no components
     points = TSNE(perplexity=perplexity, init=init, random_state=0).fit_transform(x.numpy())
     figure, ax = axes(4.2, 4.2)
     ax.set_axis_off()
-    groups = [(name, labels[some] == i) for i, name in enumerate(class_names)] if labels is not None else [("", slice(None))]
+    groups = (
+        [(name, labels[some] == i) for i, name in enumerate(class_names)]
+        if labels is not None
+        else [("", slice(None))]
+    )
     C = len(groups)
-    palette = colormaps["tab10"] if C <= 10 else colormaps["tab20"] if C <= 20 else colormaps["hsv"].resampled(C)
+    palette = (
+        colormaps["tab10"]
+        if C <= 10
+        else colormaps["tab20"]
+        if C <= 20
+        else colormaps["hsv"].resampled(C)
+    )
     for i, (name, rows) in enumerate(groups):
         ax.scatter(*points[rows].T, s=5, color=palette(i), label=name, linewidths=0)
         if C > 20 and len(points[rows]):  # a legend of so many has no room
             ax.text(*np.median(points[rows], 0), name, fontsize=4, ha="center", va="center")
     if 1 < C <= 20:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, markerscale=3, columnspacing=1, handletextpad=0.2)
+        ax.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+            ncols=4,
+            markerscale=3,
+            columnspacing=1,
+            handletextpad=0.2,
+        )
     return figure
 
 
 def confusion_figure(matrix, class_names):
-    """Draw a confusion matrix (C, C): the more of a row are in a place, the less transparent it is, on light and dark pages."""
+    """Draw a confusion matrix (C, C): the more of a row are in a place, the less transparent it is,
+    on light and dark pages.
+    """
     C = len(class_names)
     figure, ax = axes(4.2, 4.2)
     share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
