@@ -1,4 +1,4 @@
-"""All settings, each declared once: options, checks of hparams.yaml and cache keys follow from it."""
+"""All settings, each declared once: options, YAML checks and cache keys follow from it."""
 
 import argparse
 import math
@@ -222,7 +222,7 @@ class Hparams:
         return Views(n, self.eval_views, self.patch_size, self.augment)
 
     def key(self, stage, weights):
-        """Return the cache key of a stage: the checksum of the weights and all settings up to it."""
+        """Return the cache key of a stage: the weights' checksum and all settings up to it."""
         stages = list(STAGES)
         reached = stages[: stages.index(stage) + 1]
         names = [name for name, declaration in SETTINGS.items() if declaration.stage in reached]

@@ -4,9 +4,7 @@ import torch
 
 
 def is_scaled(p):
-    """Whether the trust ratio and weight decay apply: not to 1-D tensors, which are biases and
-    batch-norm weights.
-    """
+    """Whether the trust ratio and weight decay apply: not to biases and batch-norm weights."""
     return p.ndim >= 2
 
 
@@ -17,12 +15,13 @@ class LARS(torch.optim.Optimizer):
 
         trust = eta ‖p‖ / (‖g‖ + weight_decay ‖p‖ + eps)
         g <- (g + weight_decay p) * trust                   clip=False
-        g <- (g + weight_decay p) * min(trust / lr, 1)      clip=True: the step is never longer than plain SGD's
+        g <- (g + weight_decay p) * min(trust / lr, 1)      clip=True
 
-    Then every tensor takes the momentum step of torch.optim.SGD with `lr`. No branch depends on a
-    tensor's value, so the host never waits. Every operation runs over all tensors at once and in
-    place, also on p.grad, which then holds the scaled gradient: twice as fast on a CPU (34 million
-    weights) as a loop around torch.optim.SGD.
+    With clip, the step is never longer than that of plain SGD. Then every tensor takes the momentum
+    step of torch.optim.SGD with `lr`. No branch depends on a tensor's value, so the host never
+    waits. Every operation runs over all tensors at once and in place, also on p.grad, which then
+    holds the scaled gradient: twice as fast on a CPU (34 million weights) as a loop around
+    torch.optim.SGD.
     Raises ValueError for a negative setting, and for nesterov without momentum.
     """
 

@@ -1,6 +1,4 @@
-"""The losses of EMP-SSL: pure functions of z (P, B, d), the unit vectors of P patches of each of B
-images.
-"""
+"""The losses of EMP-SSL, as functions of z (P, B, d): unit vectors of P patches of B images."""
 
 import math
 
@@ -8,8 +6,7 @@ import torch
 
 
 def tcr_loss(z, eps=0.2):
-    """Return the negative total coding rate: minus the mean over patches of ½ logdet(I + d / (B
-    eps) Z_pᵀ Z_p).
+    """Return the negative total coding rate: -mean_p ½ logdet(I + d / (B eps) Z_pᵀ Z_p).
 
     z: (P, B, d) unit vectors, any float dtype. Returns a float32 (or float64) scalar.
     Raises ValueError unless z has three dimensions.
@@ -24,11 +21,10 @@ def tcr_loss(z, eps=0.2):
 
 
 class HalfLogDet(torch.autograd.Function):
-    """½ logdet(I + c z zᵀ) for each z of a batch: (P, n, d) -> (P,), with the gradient c (I + c z
-    zᵀ)⁻¹ z.
+    """½ logdet(I + c z zᵀ) for each z of a batch, (P, n, d) -> (P,).
 
-    Autograd differentiates the Cholesky factor instead, which takes 1.5x as long (20 x 100 x 1024,
-    two cores).
+    The gradient is c (I + c z zᵀ)⁻¹ z. Autograd differentiates the Cholesky factor instead, which
+    takes 1.5x as long (20 x 100 x 1024, two cores).
     """
 
     @staticmethod
@@ -88,12 +84,12 @@ UNIFORMITY = {"tcr": tcr_loss, "vonmises": vonmises_loss}
 def emp_ssl_loss(
     z, uniformity_loss="tcr", invariance_weight=200.0, uniformity_weight=1.0, bags=1, **options
 ):
-    """Return (total, invariance, uniformity), where total = invariance_weight * invariance +
-    uniformity_weight * uniformity.
+    """Return (total, invariance, uniformity).
 
-    z: (P, B, d) unit vectors. uniformity_loss: a key of UNIFORMITY; options are passed to that
-    function. bags: split the patches of each image into this many bags, each treated as an image of
-    its own; must divide P.
+    total = invariance_weight * invariance + uniformity_weight * uniformity. z: (P, B, d) unit
+    vectors. uniformity_loss: a key of UNIFORMITY; options are passed to that function. bags: split
+    the patches of each image into this many bags, each treated as an image of its own; must divide
+    P.
     Source: arXiv 2304.03977, section 2; the weights are those of the authors' code.
     """
     P, B, _ = _shape(z)

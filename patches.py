@@ -295,12 +295,11 @@ def greyscale(x):
 
 
 def colour_map(operation, factor):
-    """Return brightness, contrast or saturation as an affine map of colours: x -> M x + mean_weight
-    * mean grey of the patch.
+    """Return brightness, contrast or saturation as an affine map of colours.
 
-    operation: int64 (...), BRIGHTNESS, CONTRAST or SATURATION. factor: (...), 1 changes nothing; 0
-    gives black, the mean grey of the patch, or greyscale. Returns M (..., 3, 3) and mean_weight
-    (...).
+    x -> M x + mean_weight * mean grey of the patch. operation: int64 (...), BRIGHTNESS, CONTRAST or
+    SATURATION. factor: (...), 1 changes nothing; 0 gives black, the mean grey of the patch, or
+    greyscale. Returns M (..., 3, 3) and mean_weight (...).
     """
     grey_weight = (1 - factor) * (operation == SATURATION)
     M = factor[..., None, None] * torch.eye(3) + grey_weight[..., None, None] * torch.tensor(LUMA)
@@ -308,29 +307,29 @@ def colour_map(operation, factor):
 
 
 def map_colours(x, M, mean_weight):
-    """Apply the maps M (n, 3, 3), mean_weight (n,) of colour_map to x (n, 3, h, w) in [0, 1], in
-    place, and clamp to [0, 1].
+    """Apply the maps of colour_map to x (n, 3, h, w), in place, and clamp to [0, 1].
+
+    M: (n, 3, 3). mean_weight: (n,).
     """
     offset = mean_weight * (x.mean((2, 3)) @ luma_weights(x.device))  # (n,)
-    return torch.clamp(
-        torch.baddbmm(offset[:, None, None], M, x.flatten(2)).view_as(x), 0, 1, out=x
-    )
+    mapped = torch.baddbmm(offset[:, None, None], M, x.flatten(2))  # (n, 3, h w)
+    return torch.clamp(mapped.view_as(x), 0, 1, out=x)
 
 
 def adjust_hue(x, shift):
-    """Rotate the hue of x (n, 3, h, w) in [0, 1] by shift (n,) turns of the colour circle, in
-    place: to HSV and back to RGB.
+    """Rotate the hue of x (n, 3, h, w) in [0, 1], in place: to HSV and back to RGB.
+
+    shift: (n,), in turns of the colour circle.
     """
-    r, g, b = x.unbind(1)
-    value, low = x.amax(1), x.amin(1)
+    r, g, b = x.unbind(1)  # (n, h, w) each
+    value = x.amax(1)
+    low = x.amin(1)
     chroma = value - low
     # Floating-point masks and lerp choose as torch.where does, which takes 3x as long on a CPU.
-    r_is_max, g_is_max = (
-        torch.eq(channel, value, out=torch.empty_like(value)) for channel in (r, g)
-    )
-    hue = (
-        (r - g + 4 * chroma).lerp_(b - r + 2 * chroma, g_is_max).lerp_(g - b, r_is_max)
-    )  # a turn is 6 chroma
+    r_is_max = torch.eq(r, value, out=torch.empty_like(value))
+    g_is_max = torch.eq(g, value, out=torch.empty_like(value))
+    hue = (r - g + 4 * chroma).lerp_(b - r + 2 * chroma, g_is_max)  # a turn is 6 chroma
+    hue = hue.lerp_(g - b, r_is_max)
     hue = hue.div_(6 * chroma.clamp(min=1e-12)).add_(shift[:, None, None])  # grey pixels: chroma 0
     away = hue[:, None] - channel_hues(x.device)  # (n, 3, h, w)
     away = away.sub_(away.round()).abs_()  # distance in turns, at most 0.5
@@ -345,18 +344,16 @@ def channel_hues(device):
 
 
 def gaussian_blur(x, sigma, radius=6):
-    """Blur x (n, c, h, w) by sigma (n,) pixels; the border is reflected. The radius of 6 is three
-    times the largest sigma, 2.
+    """Blur x (n, c, h, w) by sigma (n,) pixels; the border is reflected.
 
-    A blur along one axis is a matrix, so this is two small matrix products per channel. h and w
-    must be above radius.
+    A blur along one axis is a matrix, so this is two small matrix products per channel. The radius
+    of 6 is three times the largest sigma, 2. h and w must be above it.
     """
     weight = torch.exp(-0.5 * (blur_offsets(radius, x.device) / sigma[:, None]) ** 2)
     weight = weight / weight.sum(1, keepdim=True)  # (n, 2 radius + 1)
-    rows, columns = (
-        (weight @ shifts(length, radius, x.device)).view(-1, 1, length, length)
-        for length in x.shape[2:]
-    )
+    h, w = x.shape[2:]
+    rows = (weight @ shifts(h, radius, x.device)).view(-1, 1, h, h)
+    columns = (weight @ shifts(w, radius, x.device)).view(-1, 1, w, w)
     return rows @ x @ columns.mT
 
 
@@ -368,14 +365,15 @@ def blur_offsets(radius, device):
 
 @functools.lru_cache(maxsize=16)
 def shifts(length, radius, device):
-    """Return the matrices that move pixels by -radius, ..., radius along an axis, reflecting at its
-    ends, a row each: (2 radius + 1, length * length).
+    """Return the matrices that move pixels by -radius, ..., radius along an axis.
+
+    They reflect at its ends. Each is a row: (2 radius + 1, length * length).
     """
-    source = (torch.arange(length)[:, None] + torch.arange(-radius, radius + 1)).abs()
-    source = torch.where(
-        source >= length, 2 * (length - 1) - source, source
-    )  # (length, 2 radius + 1)
-    return to_device(F.one_hot(source, length).float().transpose(0, 1).flatten(1), device)
+    offsets = torch.arange(-radius, radius + 1)
+    source = (torch.arange(length)[:, None] + offsets).abs()  # (length, 2 radius + 1)
+    source = torch.where(source >= length, 2 * (length - 1) - source, source)
+    matrices = F.one_hot(source, length).float().transpose(0, 1)  # (2 radius + 1, length, length)
+    return to_device(matrices.flatten(1), device)
 
 
 def solarise(x):

@@ -30,6 +30,153 @@ REMEDY = (
 )
 
 
+def train(run, encoder, images):
+    """Train the encoder in place, from run.checkpoint (None: from the start) to hp.n_epochs.
+
+    Returns at once if that is done. Raises RunError if a loss, gradient or weight is not finite,
+    and Interrupted after a signal, when the checkpoint is written. Each step depends only on the
+    state, the seed, the epoch and the step, so a run that was stopped and resumed ends with the
+    same bits as one that was not.
+    """
+    if run.is_trained():
+        return
+    log_stage("Training SSL encoder")
+    hp = run.hp
+    pixels = on_device(images["train"].images, run.device)  # uint8 (N, 3, H, W)
+    optimizer = build_optimizer(hp, encoder, run.bf16)
+    state = restore(run, optimizer, n_steps=len(pixels) // hp.bs)
+    n_total = n_steps_in(hp.n_epochs, state.n_steps)
+    encoder.train()
+    network = distributed.data_parallel(encoder, run.device)  # it shares the encoder's weights
+    step = build_step(hp, torch.compile(network) if hp.compile else network, optimizer, run.bf16)
+
+    acknowledge = partial(log.info, STOP_NOTICE)
+    with hold_signals(acknowledge) as signals, closing(Meter(run, state, n_total)) as meter:
+        save = partial(save_checkpoint, run, images.fingerprints, encoder, optimizer, state, meter)
+        if not run.checkpoint:
+            warn_of_few_steps(len(pixels), n_total)
+            save()  # fail now if the folder is not writable
+        for batch, rng in batches_from(state, run, pixels):
+            lr = learning_rate(hp, state.step / n_total)
+            set_learning_rate(optimizer, lr)
+            state.add(step(batch, rng))
+            meter.count(state)
+            if is_record_due(hp, state, n_total) or meter.is_show_due():
+                report(run, state, meter, lr)
+            if hp.eval_freq and state.step % hp.eval_freq == 0:
+                seconds = quick_evaluation(run, encoder, images, state.index(state.epoch))
+                meter.timed_at += seconds  # not counted in the rate
+            ends_an_epoch = state.ends_an_epoch(n_total)
+            if ends_an_epoch:
+                log_epoch(hp, state)
+            stop, due = distributed.all_reduce_max(first_signal(signals), meter.is_save_due(hp))
+            if stop or due or ends_an_epoch:
+                save()
+            raise_if(stop, run, state)
+    (stop,) = distributed.all_reduce_max(first_signal(signals))  # one that came after the last step
+    raise_if(stop, run, state)
+    distributed.broadcast_buffers(encoder)
+
+
+def batches_from(state, run, pixels):
+    """Yield (images, generator of their patches) of each step, from state.step to the last one.
+
+    pixels: uint8 (N, 3, H, W) or an ImageFile. With several processes the images, uint8
+    (B, 3, H, W) on the run's device, are this one's shard of the batch.
+    """
+    hp = run.hp
+    n_total = n_steps_in(hp.n_epochs, state.n_steps)
+    while state.step < n_total:
+        epoch, start = state.position
+        end = min(state.n_steps, n_total - epoch * state.n_steps)
+        order = torch.randperm(len(pixels), generator=generator(hp.seed, "order", epoch))
+        order = index_for(pixels, order, run.device)
+        rows = [distributed.shard(order[i * hp.bs : (i + 1) * hp.bs]) for i in range(start, end)]
+        for i, batch in enumerate(batches(pixels, rows, run.device), start):
+            yield batch, generator(hp.seed, "patches", epoch, i)
+
+
+def build_step(hp, network, optimizer, bf16):
+    """Return train_step with the settings of a run: a function of (images, generator)."""
+    options = {"eps": hp.tcr_eps} if hp.uniformity_loss == "tcr" else {}
+    criterion = partial(
+        emp_ssl_loss,
+        uniformity_loss=hp.uniformity_loss,
+        invariance_weight=hp.invariance_loss_weight,
+        uniformity_weight=hp.uniformity_loss_weight,
+        bags=hp.bags,
+        **options,
+    )
+    return partial(
+        train_step,
+        network,
+        optimizer,
+        views=hp.train_views,
+        criterion=criterion,
+        max_patches=hp.max_patches,
+        bf16=bf16,
+    )
+
+
+def train_step(
+    network, optimizer, images, generator, views, criterion, max_patches=None, bf16=False
+):
+    """Train on one batch and return STEP_METRICS (3,) on the device; the host never waits for it.
+
+    network: a model.Encoder, possibly wrapped. images: uint8 (B, 3, H, W) on its device. With
+    several processes they are this one's shard, and the losses are those of the whole batch.
+    generator: a CPU torch.Generator. views: patches.Views. criterion: z (P, B, d) -> (total,
+    invariance, uniformity). max_patches: patches in the network at once, None for all. bf16: run
+    the network under bfloat16 autocast.
+    """
+    first, batch = distributed.shard_offset(len(images))
+    params = batch_params(images.shape, views.n, generator, first, batch, views.augment)
+    sample = partial(render, images, size=views.size)  # rows of params -> (n, 3, S, S)
+    z, backward = project(network, sample, params, max_patches, bf16)  # (P B, d)
+    z = z.unflatten(0, (views.n, -1))  # (P B, d) -> (P, B, d)
+    total, invariance, uniformity = criterion(distributed.all_gather(z))
+    optimizer.zero_grad()
+    backward(total)
+    grads = [p.grad for p in network.parameters() if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(grads)
+    optimizer.step()
+    return torch.stack([invariance, uniformity, grad_norm]).detach()
+
+
+def project(network, sample, params, max_patches, bf16):
+    """Return (z, backward): z (n, d) of n patches, and a function that backpropagates a loss of z.
+
+    sample(params) renders the patches. With more than max_patches patches, z is computed chunk by
+    chunk without a graph. backward computes the gradient of z and then samples the chunks and
+    passes them through the network again, so that the patches and activations of only one chunk
+    are alive. The running statistics of batch norm see each chunk twice.
+    Source: arXiv 2101.06983, section 3.2 (gradient cache).
+    """
+    n = len(params["image"])
+    n_chunks = math.ceil(n / (max_patches or n))
+
+    def forward(chunk):
+        x = sample(chunk)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return network(x)[1]  # (len(x), d)
+
+    if n_chunks == 1:
+        return forward(params), torch.Tensor.backward
+    parts = {name: values.tensor_split(n_chunks) for name, values in params.items()}
+    chunks = [{name: values[i] for name, values in parts.items()} for i in range(n_chunks)]
+    with torch.no_grad():
+        z = torch.cat([forward(chunk) for chunk in chunks])  # (n, d)
+    z.requires_grad_()
+
+    def backward(total):
+        total.backward()
+        for i, (chunk, grad) in enumerate(zip(chunks, z.grad.tensor_split(n_chunks), strict=True)):
+            with distributed.no_sync(network, enabled=i < n_chunks - 1):
+                forward(chunk).backward(grad)
+
+    return z, backward
+
+
 @dataclass
 class TrainState:
     """What a checkpoint keeps of the training loop, besides weights and momenta."""
@@ -162,151 +309,69 @@ class Meter:
             self.bar.close()
 
 
-def train(run, encoder, images):
-    """Train the encoder in place, from run.checkpoint (None: from the start) to hp.n_epochs.
-
-    Returns at once if that is done. Raises RunError if a loss, gradient or weight is not finite,
-    and Interrupted after a signal, when the checkpoint is written. Each step depends only on the
-    state, the seed, the epoch and the step, so a run that was stopped and resumed ends with the
-    same bits as one that was not.
-    """
-    if run.is_trained():
+def report(run, state, meter, lr):
+    """Show the means of STEP_METRICS since the last record, and record them if that is due."""
+    check_finite(state)
+    means = torch.stack(state.recent).cpu().mean(0)  # the host waits here, not in each step
+    rate = meter.rate()
+    meter.show(state, means, lr)
+    if not is_record_due(run.hp, state, meter.n_total):
+        meter.show_end(state)
         return
-    log_stage("Training SSL encoder")
-    hp = run.hp
-    pixels = on_device(images["train"].images, run.device)  # uint8 (N, 3, H, W)
-    optimizer = build_optimizer(hp, encoder, run.bf16)
-    state = restore(run, optimizer, n_steps=len(pixels) // hp.bs)
-    n_total = n_steps_in(hp.n_epochs, state.n_steps)
-    encoder.train()
-    network = distributed.data_parallel(encoder, run.device)  # it shares the encoder's weights
-    step = build_step(hp, torch.compile(network) if hp.compile else network, optimizer, run.bf16)
-
-    acknowledge = partial(log.info, STOP_NOTICE)
-    with hold_signals(acknowledge) as signals, closing(Meter(run, state, n_total)) as meter:
-        save = partial(save_checkpoint, run, images.fingerprints, encoder, optimizer, state, meter)
-        if not run.checkpoint:
-            warn_of_few_steps(len(pixels), n_total)
-            save()  # fail now if the folder is not writable
-        for batch, rng in batches_from(state, run, pixels):
-            lr = learning_rate(hp, state.step / n_total)
-            set_learning_rate(optimizer, lr)
-            state.add(step(batch, rng))
-            meter.count(state)
-            if is_record_due(hp, state, n_total) or meter.is_show_due():
-                report(run, state, meter, lr)
-            if hp.eval_freq and state.step % hp.eval_freq == 0:
-                seconds = quick_evaluation(run, encoder, images, state.index(state.epoch))
-                meter.timed_at += seconds  # not counted in the rate
-            if state.ends_an_epoch(n_total):
-                log_epoch(hp, state)
-            stop, due = distributed.all_reduce_max(first_signal(signals), meter.is_save_due(hp))
-            if stop or due or state.ends_an_epoch(n_total):
-                save()
-            raise_if(stop, run, state)
-    raise_if(
-        *distributed.all_reduce_max(first_signal(signals)), run, state
-    )  # one after the last look
-    distributed.broadcast_buffers(encoder)
-
-
-def batches_from(state, run, pixels):
-    """Yield (images, generator of their patches) of each step, from state.step to the last one.
-
-    pixels: uint8 (N, 3, H, W) or an ImageFile. With several processes the images, uint8
-    (B, 3, H, W) on the run's device, are this one's shard of the batch.
-    """
-    hp = run.hp
-    n_total = n_steps_in(hp.n_epochs, state.n_steps)
-    while state.step < n_total:
-        epoch, start = state.position
-        end = min(state.n_steps, n_total - epoch * state.n_steps)
-        order = torch.randperm(len(pixels), generator=generator(hp.seed, "order", epoch))
-        order = index_for(pixels, order, run.device)
-        rows = [distributed.shard(order[i * hp.bs : (i + 1) * hp.bs]) for i in range(start, end)]
-        for i, batch in enumerate(batches(pixels, rows, run.device), start):
-            yield batch, generator(hp.seed, "patches", epoch, i)
-
-
-def build_step(hp, network, optimizer, bf16):
-    """Return train_step with the settings of a run: a function of (images, generator)."""
-    options = {"eps": hp.tcr_eps} if hp.uniformity_loss == "tcr" else {}
-    criterion = partial(
-        emp_ssl_loss,
-        uniformity_loss=hp.uniformity_loss,
-        invariance_weight=hp.invariance_loss_weight,
-        uniformity_weight=hp.uniformity_loss_weight,
-        bags=hp.bags,
-        **options,
+    invariance, uniformity, grad_norm = means.tolist()
+    run.journal.add(
+        **state.index(state.epoch),
+        loss_sim=invariance,
+        loss_uniformity=uniformity,
+        grad_norm=grad_norm,
+        lr=lr,
+        patches_per_second=round(rate * meter.patches_per_step, 1),
     )
-    return partial(
-        train_step,
-        network,
-        optimizer,
-        views=hp.train_views,
-        criterion=criterion,
-        max_patches=hp.max_patches,
-        bf16=bf16,
+    state.move_recent_to_totals()
+    meter.restart()
+
+
+def is_record_due(hp, state, n_total):
+    """Whether to record losses after this step: every print_freq steps and at the epoch's end."""
+    step = state.index(state.epoch)["step"]
+    return step % hp.print_freq == 0 or state.ends_an_epoch(n_total)
+
+
+def check_finite(state):
+    """Raise RunError that names the step and the value if recent STEP_METRICS are not finite."""
+    rows = torch.stack(state.recent).tolist() if state.recent else []
+    for i, values in enumerate(rows):
+        for name, value in zip(STEP_METRICS, values, strict=True):
+            if not math.isfinite(value):
+                epoch, step = divmod(state.step - len(rows) + i, state.n_steps)
+                raise RunError(f"epoch {epoch} step {step}: the {name} is {value}; {REMEDY}")
+
+
+def log_epoch(hp, state):
+    """Print the mean losses of the epoch. If it is a whole one, the next begins with zeros."""
+    invariance, uniformity, _ = (state.totals / state.n_totals).tolist()
+    log.info(
+        f"Epoch: {state.epoch} | Loss sim: {invariance:.5f} | "
+        f"Loss {hp.uniformity_loss.upper()}: {uniformity:.5f}"
     )
+    if state.step % state.n_steps == 0:
+        state.clear_totals()
 
 
-def train_step(
-    network, optimizer, images, generator, views, criterion, max_patches=None, bf16=False
-):
-    """Train on one batch and return STEP_METRICS (3,) on the device; the host never waits for it.
-
-    network: a model.Encoder, possibly wrapped. images: uint8 (B, 3, H, W) on its device. With
-    several processes they are this one's shard, and the losses are those of the whole batch.
-    generator: a CPU torch.Generator. views: patches.Views. criterion: z (P, B, d) -> (total,
-    invariance, uniformity). max_patches: patches in the network at once, None for all. bf16: run
-    the network under bfloat16 autocast.
-    """
-    first, batch = distributed.shard_offset(len(images))
-    params = batch_params(images.shape, views.n, generator, first, batch, views.augment)
-    sample = partial(render, images, size=views.size)  # rows of params -> (n, 3, S, S)
-    z, backward = project(network, sample, params, max_patches, bf16)  # (P B, d)
-    z = z.unflatten(0, (views.n, -1))  # (P B, d) -> (P, B, d)
-    total, invariance, uniformity = criterion(distributed.all_gather(z))
-    optimizer.zero_grad()
-    backward(total)
-    grads = [p.grad for p in network.parameters() if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(grads)
-    optimizer.step()
-    return torch.stack([invariance, uniformity, grad_norm]).detach()
+def log_end(seconds, device):
+    """Print how long training will take, and on a CPU, if it is over an hour, what is quicker."""
+    log.info(f"* Training will take about {time_left(seconds, 1)} from here on")
+    if device.type == "cpu" and seconds > 3600:
+        log.info("* Quicker on a CPU: --preset laptop, or fewer images by --n_images")
 
 
-def project(network, sample, params, max_patches, bf16):
-    """Return (z, backward): z (n, d) of n patches, and a function that backpropagates a loss of z.
-
-    sample(params) renders the patches. With more than max_patches patches, z is computed chunk by
-    chunk without a graph. backward computes the gradient of z and then samples the chunks and
-    passes them through the network again, so that the patches and activations of only one chunk
-    are alive. The running statistics of batch norm see each chunk twice.
-    Source: arXiv 2101.06983, section 3.2 (gradient cache).
-    """
-    n = len(params["image"])
-    n_chunks = math.ceil(n / (max_patches or n))
-
-    def forward(chunk):
-        x = sample(chunk)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            return network(x)[1]  # (len(x), d)
-
-    if n_chunks == 1:
-        return forward(params), torch.Tensor.backward
-    parts = {name: values.tensor_split(n_chunks) for name, values in params.items()}
-    chunks = [{name: values[i] for name, values in parts.items()} for i in range(n_chunks)]
-    with torch.no_grad():
-        z = torch.cat([forward(chunk) for chunk in chunks])  # (n, d)
-    z.requires_grad_()
-
-    def backward(total):
-        total.backward()
-        for i, (chunk, grad) in enumerate(zip(chunks, z.grad.tensor_split(n_chunks), strict=True)):
-            with distributed.no_sync(network, enabled=i < n_chunks - 1):
-                forward(chunk).backward(grad)
-
-    return z, backward
+def warn_of_few_steps(n_images, n_total):
+    """Warn if training has fewer than FEW_STEPS steps."""
+    if 0 < n_total < FEW_STEPS:
+        log.warning(
+            f"{n_images} images, {n_total} steps of training in all: this teaches little; raise "
+            f"n_epochs or lower bs (more patches add no steps)"
+        )
 
 
 def restore(run, optimizer, n_steps):
@@ -359,71 +424,6 @@ def save_checkpoint(run, fingerprints, encoder, optimizer, state, meter):
     }
     run.save_checkpoint(content)
     meter.saved_at = time.monotonic()
-
-
-def check_finite(state):
-    """Raise RunError that names the step and the value if recent STEP_METRICS are not finite."""
-    rows = torch.stack(state.recent).tolist() if state.recent else []
-    for i, values in enumerate(rows):
-        for name, value in zip(STEP_METRICS, values, strict=True):
-            if not math.isfinite(value):
-                epoch, step = divmod(state.step - len(rows) + i, state.n_steps)
-                raise RunError(f"epoch {epoch} step {step}: the {name} is {value}; {REMEDY}")
-
-
-def is_record_due(hp, state, n_total):
-    """Whether to record losses after this step: every print_freq steps and at the epoch's end."""
-    step = state.index(state.epoch)["step"]
-    return step % hp.print_freq == 0 or state.ends_an_epoch(n_total)
-
-
-def report(run, state, meter, lr):
-    """Show the means of STEP_METRICS since the last record, and record them if that is due."""
-    check_finite(state)
-    means = torch.stack(state.recent).cpu().mean(0)  # the host waits here, not in each step
-    rate = meter.rate()
-    meter.show(state, means, lr)
-    if not is_record_due(run.hp, state, meter.n_total):
-        meter.show_end(state)
-        return
-    invariance, uniformity, grad_norm = means.tolist()
-    run.journal.add(
-        **state.index(state.epoch),
-        loss_sim=invariance,
-        loss_uniformity=uniformity,
-        grad_norm=grad_norm,
-        lr=lr,
-        patches_per_second=round(rate * meter.patches_per_step, 1),
-    )
-    state.move_recent_to_totals()
-    meter.restart()
-
-
-def log_epoch(hp, state):
-    """Print the mean losses of the epoch. If it is a whole one, the next begins with zeros."""
-    invariance, uniformity, _ = (state.totals / state.n_totals).tolist()
-    log.info(
-        f"Epoch: {state.epoch} | Loss sim: {invariance:.5f} | "
-        f"Loss {hp.uniformity_loss.upper()}: {uniformity:.5f}"
-    )
-    if state.step % state.n_steps == 0:
-        state.clear_totals()
-
-
-def log_end(seconds, device):
-    """Print how long training will take, and on a CPU, if it is over an hour, what is quicker."""
-    log.info(f"* Training will take about {time_left(seconds, 1)} from here on")
-    if device.type == "cpu" and seconds > 3600:
-        log.info("* Quicker on a CPU: --preset laptop, or fewer images by --n_images")
-
-
-def warn_of_few_steps(n_images, n_total):
-    """Warn if training has fewer than FEW_STEPS steps."""
-    if 0 < n_total < FEW_STEPS:
-        log.warning(
-            f"{n_images} images, {n_total} steps of training in all: this teaches little; raise "
-            f"n_epochs or lower bs (more patches add no steps)"
-        )
 
 
 def raise_if(signum, run, state):

@@ -188,7 +188,7 @@ def file_checksum(path):
 
 
 def checksum(*tensors):
-    """Return 16 hexadecimal digits that change with any bit of the tensors, their shape or dtype."""
+    """Return 16 hexadecimal digits that change with any bit, shape or dtype of the tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
