@@ -215,7 +215,6 @@ PRESETS = {
         "optimizer": "muon", "lr": 0.05, "test_patches": 16, "emb_pool": "stages", "pool_grid": 4, "standardize": True,
         "n_eval_epochs": 30,
     },
-    "one-minute": {"arch": "resnet18-mini", "input_size": 16, "n_patches": 10, "n_epochs": 10.0, "test_patches": 9},
 }
 
 

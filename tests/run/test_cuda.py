@@ -27,7 +27,7 @@ KNOWN = {
 LAUNCHES_PER_STEP = {"resnet18-imagenet": 485, "resnet18-cifar": 421}
 AUGMENTATION_LAUNCHES = 86
 PROBE_LAUNCHES = {"bf16": 10, "fp32": 8}
-MEMORY = ("resnet18-imagenet", "resnet18-cifar", "fp32 step", "chunks", "one-minute")  # scenarios that announce memory
+MEMORY = ("resnet18-imagenet", "resnet18-cifar", "fp32 step", "chunks")  # scenarios that announce memory
 
 SETTINGS = ("--h_dim 16 --z_dim 8 --n_patches 4 --bs 6 --n_epochs 1 --n_eval_epochs 2 --print_freq 3 --image_size 16 "
             "--no-tensorboard --device cuda --dataset folder").split()  # fmt: skip
@@ -67,7 +67,6 @@ def scenarios(images, logs):
         step("resnet18-cifar", "--arch resnet18-cifar --n_patches 20"),
         step("fp32 step", "--arch resnet18-cifar --n_patches 20 --precision fp32"),
         step("chunks", "--arch resnet18-cifar --n_patches 100 --max_patches 2000"),
-        step("one-minute", "--preset one-minute"),
     ]
 
 
