@@ -17,11 +17,11 @@ from model import Encoder
 
 
 def test_a_preset_is_ordinary_hyperparameters(finished, tmp_path):
-    options = ["--dataset", "textures", "--n_epochs", "0", "--n_eval_epochs", "1", "--n_images", "100"]
+    given = {"dataset": "textures", "n_epochs": 0, "n_eval_epochs": 1, "n_images": 100, "test_patches": 1, "pool_grid": 1}
+    options = [word for name, value in given.items() for word in (f"--{name}", value)]
     result = run("train", "--preset", "laptop", *options, "--log_folder", tmp_path)
     assert result.code == 0, result.err
     hp = vars(Run(next(tmp_path.iterdir())).read_hparams())
-    given = {"dataset": "textures", "n_epochs": 0, "n_eval_epochs": 1, "n_images": 100}
     defaults = {name: setting.default for name, setting in SETTINGS.items()}
     assert hp == {**defaults, **PRESETS["laptop"], **given}
     result = run("train", "--preset", "laptop", "--config_from", finished, "--log_folder", tmp_path)
