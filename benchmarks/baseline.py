@@ -1,9 +1,12 @@
-"""EMP-SSL as papers and tutorials write it, to compare the program with: python -m benchmarks.baseline --n_patches 8
+"""EMP-SSL as papers and tutorials write it, to compare the program with.
 
-Patches by torchvision's transforms on PIL images in worker processes, a d x d logdet for each patch, cosines term by term,
-LARS as a loop over tensors around torch.optim.SGD, fp32, and a probe that reads its features through a DataLoader. It trains
-the network that main.py trains, with the same settings, and prints accuracy and seconds as one JSON line. Its losses and its
-LARS pass the tests of the program's.
+    python -m benchmarks.baseline --n_patches 8
+
+Patches by torchvision's transforms on PIL images in worker processes, a d x d logdet for each
+patch, cosines term by term, LARS as a loop over tensors around torch.optim.SGD, fp32, and a probe
+that reads its features through a DataLoader. It trains the network that main.py trains, with the
+same settings, and prints accuracy and seconds as one JSON line. Its losses and its LARS pass the
+tests of the program's.
 """
 
 import argparse
@@ -18,27 +21,29 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision import transforms
 from torchvision.models import resnet18
 
-import data
+from data import load_images, sample
 from model import BACKBONES
-from infra.device import generator
 
-TRANSFORM = transforms.Compose([
-    transforms.RandomResizedCrop(32, scale=(0.25, 0.25), ratio=(1, 1)),
-    transforms.RandomHorizontalFlip(),
-    transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.2)], p=0.8),
-    transforms.RandomGrayscale(p=0.2),
-    transforms.RandomApply([transforms.GaussianBlur(13, sigma=(0.1, 2.0))], p=0.1),
-    transforms.RandomSolarize(128, p=0.1),
-    transforms.ToTensor(),
-    transforms.Normalize([0.5] * 3, [0.5] * 3),
-])  # fmt: skip
+TRANSFORM = transforms.Compose(
+    [
+        transforms.RandomResizedCrop(32, scale=(0.25, 0.25), ratio=(1, 1)),
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.2)], p=0.8),
+        transforms.RandomGrayscale(p=0.2),
+        transforms.RandomApply([transforms.GaussianBlur(13, sigma=(0.1, 2.0))], p=0.1),
+        transforms.RandomSolarize(128, p=0.1),
+        transforms.ToTensor(),
+        transforms.Normalize([0.5] * 3, [0.5] * 3),
+    ]
+)
 
 
 class Patches(Dataset):
-    """images: uint8 (N, 3, 32, 32). Item i: float32 (n_patches, 3, 32, 32), random patches of image i."""
+    """images: uint8 (N, 3, 32, 32). Item i: float32 (n_patches, 3, 32, 32), patches of image i."""
 
     def __init__(self, images, n_patches):
-        self.images, self.n_patches = [transforms.functional.to_pil_image(image) for image in images], n_patches
+        self.images = [transforms.functional.to_pil_image(image) for image in images]
+        self.n_patches = n_patches
 
     def __len__(self):
         return len(self.images)
@@ -49,21 +54,25 @@ class Patches(Dataset):
 
 def loader(images, n_patches, bs, train):
     """Return a DataLoader of patches (bs, n_patches, 3, 32, 32), in random order if train."""
-    return DataLoader(Patches(images, n_patches), bs, shuffle=train, drop_last=train, num_workers=os.cpu_count())
+    patches = Patches(images, n_patches)
+    return DataLoader(patches, bs, shuffle=train, drop_last=train, num_workers=os.cpu_count())
 
 
 def tcr_loss(z, eps=0.2):
     """Return minus the mean over patches of ½ logdet(I + d / (B eps) zᵀ z), of z (P, B, d)."""
     P, B, d = z.shape
+    eye = torch.eye(d, device=z.device, dtype=z.dtype)
     loss = 0
     for p in range(P):
-        loss = loss - torch.logdet(torch.eye(d, device=z.device, dtype=z.dtype) + d / (B * eps) * z[p].T @ z[p]) / 2
+        loss = loss - torch.logdet(eye + d / (B * eps) * z[p].T @ z[p]) / 2
     return loss / P
 
 
 def invariance_loss(z):
     """Return minus the mean cosine between each patch and its image's mean, of z (P, B, d)."""
-    P, mean, loss = len(z), z.mean(0), 0
+    P = len(z)
+    mean = z.mean(0)
+    loss = 0
     for p in range(P):
         loss = loss - F.cosine_similarity(z[p], mean, dim=-1).mean()
     return loss / P
@@ -77,7 +86,17 @@ def vonmises_loss(z, t=2.0):
 class LARS(torch.optim.SGD):
     """SGD on gradients that were scaled, tensor by tensor, before its step."""
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, nesterov=False, eta=1e-3, clip=False, eps=1e-8):
+    def __init__(
+        self,
+        params,
+        lr,
+        momentum=0.9,
+        weight_decay=0.0,
+        nesterov=False,
+        eta=1e-3,
+        clip=False,
+        eps=1e-8,
+    ):
         super().__init__(params, lr, momentum=momentum, nesterov=nesterov)
         self.wd, self.eta, self.clip, self.lars_eps = weight_decay, eta, clip, eps
 
@@ -98,12 +117,13 @@ class LARS(torch.optim.SGD):
 
 
 class Encoder(nn.Module):
-    """The network of model.Encoder, with the same names of its weights, of torchvision's layers alone."""
+    """The network of model.Encoder, with the same names of its weights, of torchvision's layers."""
 
     def __init__(self, arch, h_dim=4096, z_dim=1024):
         super().__init__()
-        removed = {"resnet18-mini": ("layer4",), "resnet18-tiny": ("layer3", "layer4")}.get(arch, ())
-        feature_dim = 512 // 2 ** len(removed)  # each stage has twice the channels of the one before
+        without = {"resnet18-mini": ("layer4",), "resnet18-tiny": ("layer3", "layer4")}
+        removed = without.get(arch, ())
+        feature_dim = 512 // 2 ** len(removed)  # each stage has twice the channels of the last one
         self.backbone = resnet18()
         self.backbone.fc = nn.Identity()
         if arch not in ("resnet18-imagenet", "resnet18-tinyimagenet"):
@@ -111,9 +131,10 @@ class Encoder(nn.Module):
             self.backbone.maxpool = nn.Identity()
         for name in removed:
             setattr(self.backbone, name, nn.Identity())
-        self.features = nn.Sequential(nn.Linear(feature_dim, h_dim), nn.BatchNorm1d(h_dim), nn.ReLU())
-        self.projection = nn.Sequential(
-            nn.Linear(h_dim, h_dim), nn.BatchNorm1d(h_dim), nn.ReLU(), nn.Linear(h_dim, z_dim))  # fmt: skip
+        hidden = [nn.Linear(feature_dim, h_dim), nn.BatchNorm1d(h_dim), nn.ReLU()]
+        self.features = nn.Sequential(*hidden)
+        hidden = [nn.Linear(h_dim, h_dim), nn.BatchNorm1d(h_dim), nn.ReLU()]
+        self.projection = nn.Sequential(*hidden, nn.Linear(h_dim, z_dim))
 
     def forward(self, x):
         h = self.features(self.backbone(x))
@@ -121,7 +142,7 @@ class Encoder(nn.Module):
 
 
 def train_step(encoder, optimizer, x):
-    """Train on x (B, P, 3, 32, 32), on the encoder's device. Return (invariance, uniformity), numbers."""
+    """Train on x (B, P, 3, 32, 32), on the encoder's device. Return (invariance, uniformity)."""
     B, P = x.shape[:2]
     _, z = encoder(x.transpose(0, 1).flatten(0, 1))
     z = z.unflatten(0, (P, B))
@@ -135,7 +156,8 @@ def train_step(encoder, optimizer, x):
 def train(encoder, images, n_patches, n_epochs, bs=100, lr=0.3):
     """Train the encoder in place, with a cosine over all steps."""
     device = next(encoder.parameters()).device
-    optimizer = LARS(encoder.parameters(), lr, weight_decay=1e-4, nesterov=True, eta=0.005, clip=True)
+    settings = {"weight_decay": 1e-4, "nesterov": True, "eta": 0.005, "clip": True}
+    optimizer = LARS(encoder.parameters(), lr, **settings)
     n_steps = n_epochs * (len(images) // bs)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     encoder.train()
@@ -161,7 +183,7 @@ def encode(encoder, images, n_patches, bs):
 def linear_probe(x, y, x_test, y_test, n_classes, device, n_epochs=100, lr=0.0075, **loading):
     """Fit a linear layer and return its top-1 in percent on the test set, after the last epoch.
 
-    loading: options of the DataLoaders. The authors' code has num_workers=2, which is slower on a CPU.
+    loading: options of the DataLoaders. The authors' code has num_workers=2, slower on a CPU.
     """
     layer = nn.Linear(x.shape[1], n_classes).to(device)
     optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9, weight_decay=5e-5)
@@ -183,7 +205,8 @@ def linear_probe(x, y, x_test, y_test, n_classes, device, n_epochs=100, lr=0.007
 
 def run(options):
     """Train, encode and probe; print a JSON line."""
-    device, seconds = "cuda" if torch.cuda.is_available() else "cpu", {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds = {}
     torch.manual_seed(options.seed)
 
     def timed(stage, function, *args):
@@ -192,19 +215,25 @@ def run(options):
         seconds[stage] = round(time.monotonic() - start, 1)
         return result
 
-    train_set, test_set = (data.load_images(options.dataset, options.data_dir, train) for train in (True, False))
-    images, labels, class_names = data.subset_of(train_set, options.n_images, generator(options.seed, "subset"))
-    encoder, everything = Encoder(options.arch).to(device), torch.cat([images, test_set.images])
+    train_set = load_images(options.dataset, options.data_dir, True)
+    test_set = load_images(options.dataset, options.data_dir, False)
+    images, labels, class_names, _ = sample(train_set, options.n_images, options.seed, "subset")
+    encoder = Encoder(options.arch).to(device)
+    n = len(images)
+    everything = torch.cat([images, test_set.images])
     timed("training", train, encoder, images, options.n_patches, options.n_epochs)
     x = timed("encoding", encode, encoder, everything, options.n_patches, 100)
-    top1 = timed("probe", linear_probe, x[: len(images)], labels, x[len(images) :], test_set.labels, len(class_names), device)
+    encoded = (x[:n], labels, x[n:], test_set.labels)
+    top1 = timed("probe", linear_probe, *encoded, len(class_names), device)
     print(json.dumps({"seed": options.seed, "top1": top1, "seconds": seconds}))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--dataset", default="cifar10", choices=("cifar10", "folder"))
-    parser.add_argument("--data_dir", default="./datasets", help="folder: with train/<class>/* and test/<class>/*")
+    text = "folder: with train/<class>/* and test/<class>/*"
+    parser.add_argument("--data_dir", default="./datasets", help=text)
     parser.add_argument("--arch", default="resnet18-cifar", choices=tuple(BACKBONES))
     for name, default in {"n_patches": 20, "n_epochs": 2, "n_images": 50000, "seed": 42}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: where results are, the machine that measured them, and measurements in a process of their own."""
+"""What the benchmarks share: the folder of results, and the version and machine of a figure."""
 
 import argparse
 import json
@@ -10,14 +10,22 @@ from infra.device import pick_device, pick_precision
 from infra.metrics import environment, git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-BASELINE_LIKE = "--eval_lr 0.0075 --eval_views augmented"  # how the baseline evaluates, as options of main.py train
+RESULTS_FOLDER = ROOT / "benchmarks" / "results"
+BASELINE_LIKE = "--eval_lr 0.0075 --eval_views augmented"  # how the baseline evaluates
+# The files of the method. When one of them changes, the figures so far are of an earlier version.
+METHOD = (
+    "main.py hparams.py data.py images/cache.py images/textures.py patches.py model.py weights.py "
+    "loss.py lars.py optimizers.py train.py encode.py evaluate.py infra/device.py"
+).split()
+EARLIER, UNKNOWN = "\u2020", "\u2021"  # marks of a version
 
 
 def parser(description):
-    """Return an ArgumentParser that prints a module's docstring as it stands. Its option --out is the folder of results."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
+    """Return an ArgumentParser that prints a docstring as it stands, with the option --out."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    text = "folder of the results (default: benchmarks/results)"
+    made.add_argument("--out", type=Path, default=RESULTS_FOLDER, help=text)
     return made
 
 
@@ -27,14 +35,11 @@ def machine(device="auto"):
     return environment(device, pick_precision("auto", device))
 
 
-def commit():
-    """Return the commit of the program, shortened, with "-dirty" if its files differ from it."""
-    found = git_commit()
-    return f"{found['commit'][:7]}{'-dirty' if found['dirty'] else ''}" if found["commit"] else None
-
-
 def child(*arguments):
-    """Run `python -m` with these arguments and return its last line of output, a JSON object. Exit if it fails."""
+    """Run `python -m` with these arguments and return the JSON object in its last line of output.
+
+    Exits if it fails.
+    """
     command = [sys.executable, "-m", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode != 0:
@@ -42,6 +47,48 @@ def child(*arguments):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measured(device, *words):
-    """Return the result of a measurement of speed.py, made in a process of its own: a name in its CHILDREN, and arguments."""
-    return child("benchmarks.speed", "--device", device, "--child", *words)
+def has_changed(commit, files=METHOD):
+    """Return whether files differ from those of a commit; None if git does not know the commit."""
+    command = ["git", "-C", ROOT, "diff", "--quiet", commit, "--", *files]
+    try:
+        code = subprocess.run(command, capture_output=True).returncode
+    except OSError:  # git is not installed
+        return None
+    return {0: False, 1: True}.get(code)
+
+
+def commit_of(version):
+    """Return the commit of a version, a dict as git_commit returns it, with 7 digits.
+
+    "-dirty" follows if files of the method have changes that are not in the commit.
+    """
+    commit = version["commit"]
+    if commit is None:
+        return None
+    dirty = version["dirty"] and has_changed(commit)
+    return f"{commit[:7]}-dirty" if dirty else commit[:7]
+
+
+def this_commit():
+    """Return the commit of the program, as the results keep it."""
+    return commit_of(git_commit())
+
+
+def is_earlier(commit, files=METHOD):
+    """Return whether a commit of the results is an earlier version of files; None if unknown."""
+    if commit is None:
+        return None
+    return commit.endswith("-dirty") or has_changed(commit, files)
+
+
+def version_text(entries, *others):
+    """Return the commits of entries of the results, with the mark EARLIER or UNKNOWN.
+
+    EARLIER: a file of the method, or one of `others`, has changed since one of them.
+    """
+    commits = sorted({entry["commit"] for entry in entries}, key=str)
+    earlier = [is_earlier(commit, [*METHOD, *others]) for commit in commits]
+    text = ", ".join(map(str, commits))
+    if True in earlier:
+        return text + EARLIER
+    return text + UNKNOWN if None in earlier else text

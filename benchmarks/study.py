@@ -1,14 +1,15 @@
-"""Accuracy and time of whole runs: the rows of a group, some seeds of each, into benchmarks/results.
+"""Accuracy and time of whole runs: rows of a group, some seeds each, into results/GROUP.json.
 
-    python -m benchmarks.study findings-cpu                 # the published findings with a small network, all images: an hour
-    python -m benchmarks.study findings-full                # the same in the published settings, for a GPU
+    python -m benchmarks.study findings-cpu          # the published findings, small: hours
+    python -m benchmarks.study findings-full         # in the published settings, for a GPU
     python -m benchmarks.study findings-cpu --only base sgd
-    python -m benchmarks.study search --list                # the command of each row
+    python -m benchmarks.study search --list         # the command of each row
 
-The other groups: views, what an image is encoded by; search, the search behind --preset laptop; laptop, that preset beside LARS;
-one-minute, the search behind --preset one-minute; demo, what `make demo` runs; precision, bf16, fp32 and the baseline. A run is
-a run folder in logs/GROUP: what is finished there is read and not run again, what was stopped goes on. CIFAR-10 is downloaded;
---dataset folder --data_dir DIR takes images in train/<class> and test/<class> instead. Then: python -m benchmarks.readme
+The other groups: search, the search behind --preset laptop; laptop, that preset beside LARS; demo,
+what `make demo` runs; precision, bf16, fp32 and the baseline. A run is a run folder in logs/GROUP:
+what is finished there is read and not run again, what was stopped goes on. CIFAR-10 is downloaded;
+--dataset folder --data_dir DIR takes images in train/<class> and test/<class> instead. Then:
+python -m benchmarks.tables
 """
 
 import contextlib
@@ -18,22 +19,21 @@ import shlex
 import sys
 from pathlib import Path
 
-import numpy as np
-
-import main
-from benchmarks.common import child, machine, parser
-from benchmarks.rows import GROUPS, PLAIN, all_options, rows_of
+from benchmarks.common import child, commit_of, machine, parser, this_commit
+from benchmarks.rows import GROUPS, PLAIN_RUN, all_options, rows_of
+from cli import hparams_of, parse
 from data import Images
 from evaluate import Fit, linear_probe
 from experiment import Run
 from infra import files
 from infra.device import pick_device
+from main import main as run_program
 
-DATA = {"cifar10": "CIFAR-10", "folder": "CIFAR-10", "textures": "textures"}  # what the results name as the data
+DATA = {"cifar10": "CIFAR-10", "folder": "CIFAR-10", "textures": "textures"}  # what results name
 
 
-def command(row, seed, options):
-    """Return the arguments of main.py for a row. Raw pixels and the baseline take the images from them.
+def arguments(row, seed, options):
+    """Return the arguments of main.py for a row. Raw pixels and the baseline take the images of it.
 
     A pretrained projection is that of the base's first run, whose seed no such row has.
     """
@@ -43,163 +43,136 @@ def command(row, seed, options):
         text += f" --dataset {options.dataset} --data_dir {shlex.quote(options.data_dir)}"
     if "{base}" in text:
         bases = sorted(Path(log_folder).glob("base-42__*"))
-        text, seed = text.format(base=Run(bases[0]).last if bases else "BASE"), seed + 100
+        text = text.format(base=Run(bases[0]).last if bases else "BASE")
+        seed += 100
     exp_name = f"{row.name.replace(' ', '_').replace(',', '')}-{seed}"
-    return ["train", "--exp_name", exp_name, "--log_folder", log_folder, "--seed", str(seed), *shlex.split(text)]
+    about = ["--exp_name", exp_name, "--log_folder", log_folder, "--seed", str(seed)]
+    return ["train", *about, *shlex.split(text)]
 
 
-def shown(row, options):
+def shell_command(row, options):
     """Return the command of the first run of a row as a shell takes it."""
     if row.name in ("raw-pixels", "baseline"):
         return f"python -m benchmarks.study {row.group} --only {row.name}"
-    return shlex.join(["python", "main.py", *command(row, 42, options)])
+    return shlex.join(["python", "main.py", *arguments(row, 42, options)])
 
 
-def measure(row, seed, options):
+def run_row(row, seed, options):
     """Run a row with a seed, or what is left of it. Return its result as the results keep it."""
-    argv = command(row, seed, options)
+    argv = arguments(row, seed, options)
     if row.name == "raw-pixels":
-        return {"top1": raw_pixels(argv)}
+        return {"top1": top1_of_pixels(argv), "commit": this_commit()}
     if row.name == "baseline":
-        return baseline_run(main.parse(argv))
-    return one_run(argv)
+        return run_baseline(parse(argv))
+    return run_train(argv)
 
 
-def baseline_run(args):
-    """Return the result of the baseline with the seed and data of a train command. It is kept as the train command's run is."""
+def run_baseline(args):
+    """Return the result of the baseline with the seed and the data of a train command.
+
+    It is kept in the log folder and is not run again.
+    """
     path = Path(args.log_folder, f"{args.exp_name}.json")
     if not path.exists():
-        words = [*PLAIN.split(), "--dataset", args.dataset, "--data_dir", args.data_dir, "--seed", str(args.seed)]
-        result = child("benchmarks.baseline", *words)
+        data = ["--dataset", args.dataset, "--data_dir", args.data_dir]
+        words = [*PLAIN_RUN.split(), *data, "--seed", args.seed]
+        result = {**child("benchmarks.baseline", *words), "commit": this_commit()}
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(path, result)
     return files.read_json(path)
 
 
-def one_run(argv):
-    """Run a train command. Return {"seed", "failed"} if it diverged, else what read_run returns and the seed.
+def run_train(argv):
+    """Run a train command. Return its result, or {"seed", "failed", "commit"} if it diverged.
 
-    Exits with the program's exit code if that is not 0 for any other reason. Epoch checkpoints are removed: each has hundreds of
-    MB, and last.pt holds the same as the last one.
+    Exits with the program's exit code if that is not 0 for another reason. Removes the epoch
+    checkpoints: each has hundreds of MB, and last.pt holds the same as the last one.
     """
-    args, errors = main.parse(argv), io.StringIO()
+    args = parse(argv)
+    errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
-        code = main.main(argv)
+        code = run_program(argv)
     print(errors.getvalue(), end="", file=sys.stderr)
     last = (errors.getvalue().strip().splitlines() or [""])[-1].removeprefix("error: ")
     if code == 1 and re.search(r"not finite|is -?(nan|inf)", last):
-        return {"seed": args.seed, "failed": last}
+        return {"seed": args.seed, "failed": last, "commit": this_commit()}
     if code != 0:
         sys.exit(code)
     (exp_dir,) = Path(args.log_folder).glob(f"{args.exp_name}__*")
     for path in Run(exp_dir).epoch_checkpoints():
         path.unlink()
-    return {"seed": args.seed, **read_run(exp_dir)}
+    return {"seed": args.seed, **result_of(exp_dir)}
 
 
-def read_run(exp_dir):
-    """Return the results of a finished run: accuracies in percent, the probe's rate, losses by epoch, seconds per stage."""
+def result_of(exp_dir):
+    """Return the results of a finished run.
+
+    Accuracies in percent, the probe's rate, losses by epoch, seconds by stage, the commit.
+    """
     run = Run(exp_dir)
-    result, seconds = files.read_json(run.result), run.read_launches()[-1]["seconds"]
-    accuracies = {name: result[name] for name in ("top1", "top5", "best_top1", "train_top1", "knn_top1", "lr")}
-    seconds = {stage: round(value, 1) for stage, value in seconds.items()}
-    return {**accuracies, "losses": losses_by_epoch(run), "seconds": seconds}
+    result, launch = files.read_json(run.result), run.read_launches()[-1]
+    names = ("top1", "top5", "best_top1", "train_top1", "knn_top1", "lr")
+    seconds = {stage: round(value, 1) for stage, value in launch["seconds"].items()}
+    about = {"losses": losses_of(run), "seconds": seconds, "commit": commit_of(launch)}
+    return {**{name: result[name] for name in names}, **about}
 
 
-def losses_by_epoch(run):
-    """Return a dict for each epoch: "mean", over its steps, and "last", over the last print_freq: [invariance, uniformity]."""
-    epochs = {}
-    for row in files.read_jsonl(run.metrics):
-        if "loss_sim" in row:
-            epochs.setdefault(row["epoch"], []).append(row)
-    losses = []
-    for rows in epochs.values():
-        n_steps = np.diff([0] + [row["step"] for row in rows])
-        values = np.array([(row["loss_sim"], row["loss_uniformity"]) for row in rows])
-        losses.append({"mean": np.average(values, axis=0, weights=n_steps).tolist(), "last": values[-1].tolist()})
-    return losses
+def losses_of(run):
+    """Return [invariance, uniformity] of the last print_freq steps of each epoch."""
+    rows = [row for row in files.read_jsonl(run.metrics) if "loss_sim" in row]
+    last = {row["epoch"]: [row["loss_sim"], row["loss_uniformity"]] for row in rows}
+    return list(last.values())
 
 
-def raw_pixels(argv):
-    """Return the top-1 of the linear probe on the pixels themselves, in [-1, 1], of the images of a train command."""
-    hp = main.hyperparameters(main.parse(argv))
-    images, device, tensors = Images(hp), pick_device(hp.device), []
+def top1_of_pixels(argv):
+    """Return the top-1 of the linear probe on the pixels of a train command's images."""
+    hp = hparams_of(parse(argv))
+    images = Images(hp)
+    device = pick_device(hp.device)
+    tensors = []
     for split in ("train", "test"):
-        pixels, labels, class_names = images[split]
+        pixels, labels, class_names, _ = images[split]
         tensors += [(pixels[:].flatten(1) / 127.5 - 1).to(device), labels.to(device)]
     fit = Fit(hp.eval_lr, hp.n_eval_epochs, seed=hp.seed)
     return linear_probe(*tensors, len(class_names), fit)[0]["top1"]
 
 
-def run(row, options):
-    """Run a row with all its seeds and write its results."""
-    runs = [measure(row, 42 + i, options) for i in range(options.seeds or row.seeds)]
+def study(row, options):
+    """Run a row with all its seeds and write its entry into the file of its group."""
+    seeds = range(42, 42 + (options.seeds or row.seeds))
+    runs = [run_row(row, seed, options) for seed in seeds]
     if options.disturbed:
-        runs = [{name: value for name, value in run.items() if name != "seconds"} for run in runs]
-    record(row, runs, options)
+        runs = [{name: run[name] for name in run if name != "seconds"} for run in runs]
+    hp = hparams_of(parse(arguments(row, 42, options)))
+    about = {"options": all_options(row), "data": DATA[hp.dataset], "n_images": hp.n_images}
+    path = options.out / f"{row.group}.json"
+    entry = {**about, "runs": runs, "machine": machine(hp.device)}
+    files.write_json(path, {**files.read_json(path), row.name: entry})
 
 
-def run_so_far(row, options):
-    """Write where the first run of a row is and its losses since the last epoch began, if it is not finished. Run nothing."""
-    argv = command(row, 42, options)
-    args = main.parse(argv)
-    for exp_dir in Path(args.log_folder).glob(f"{args.exp_name}__*"):
-        lines = [line for line in files.read_jsonl(Run(exp_dir).metrics) if "loss_sim" in line]
-        if lines and not Run(exp_dir).read_result():
-            losses = {"step": lines[-1]["global_step"], "mean": losses_by_epoch(Run(exp_dir))[-1]["mean"],
-                      "last": losses_by_epoch(Run(exp_dir))[-1]["last"]}  # fmt: skip
-            record(row, [], options, losses)
-
-
-def record(row, runs, options, so_far=None):
-    """Write the runs of a row into the file of its group. so_far: the losses of a run that is not finished."""
-    group = GROUPS[row.group]
-    path = options.out / f"{group.file}.json"
-    hp = main.hyperparameters(main.parse(command(row, 42, options)))
-    about = {"data": DATA[hp.dataset], "machine": machine(hp.device)}
-    results = files.read_json(path)
-    if group.section:
-        entry = {"options": all_options(row), "n_images": hp.n_images, "runs": runs, **about}
-        if so_far:
-            entry["so_far"] = so_far
-        results.setdefault(group.section, {})[row.name] = entry
-    else:
-        found = {"raw_pixels_top1": runs[0]["top1"]} if row.name == "raw-pixels" else {row.name: runs}
-        results |= {"options": group.base, **about, **found}
-    files.write_json(path, results)
-
-
-def parse(argv=None):
-    """Return the arguments of the command line."""
+def main(argv=None):
     made = parser(__doc__)
     made.add_argument("group", choices=tuple(GROUPS))
-    made.add_argument("--only", nargs="+", metavar="NAME", help="these rows alone, by the names that --list prints")
-    made.add_argument("--list", action="store_true", help="print the command of each row and stop")
-    made.add_argument("--so_far", action="store_true", help="write the losses of runs that are not finished, and run nothing")
-    made.add_argument("--disturbed", action="store_true", help="do not write the seconds: other programs slowed these runs")
-    made.add_argument("--seeds", type=int, help="runs of each row (default: 1 to 3)")
+    made.add_argument("--only", nargs="+", metavar="NAME", help="rows, by the names of --list")
+    made.add_argument("--list", action="store_true", help="print the command of each row")
+    text = "leave out the seconds: other programs slowed these runs"
+    made.add_argument("--disturbed", action="store_true", help=text)
+    made.add_argument("--seeds", type=int, help="runs of each row (default: 1 to 6)")
     made.add_argument("--dataset", choices=("cifar10", "folder"), default="cifar10")
     made.add_argument("--data_dir", default="./datasets")
     made.add_argument("--log_folder", help="(default: logs/GROUP)")
     options = made.parse_args(argv)
-    names = [row.name for row in rows_of(options.group)]
-    unknown = sorted(set(options.only or ()) - set(names))
-    if unknown:
-        made.error(f"--only {unknown[0]}: choose from {', '.join(names)}")
-    if options.disturbed and options.group in ("demo", "precision", "one-minute"):
-        made.error(f"--disturbed: the table of {options.group} needs the seconds")
-    return options
+    rows = {row.name: row for row in rows_of(options.group)}
+    for name in options.only or rows:
+        if name not in rows:
+            made.error(f"--only {name}: choose from {', '.join(rows)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.only or rows:
+        if options.list:
+            print(f"{name:18} {shell_command(rows[name], options)}")
+        else:
+            study(rows[name], options)
 
 
 if __name__ == "__main__":
-    options = parse()
-    options.out.mkdir(parents=True, exist_ok=True)
-    for row in rows_of(options.group):
-        if options.only and row.name not in options.only:
-            continue
-        if options.list:
-            print(f"{row.name:18} {shown(row, options)}")
-        elif options.so_far:
-            run_so_far(row, options)
-        else:
-            run(row, options)
+    main()

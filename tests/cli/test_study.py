@@ -1,248 +1,161 @@
-"""The studies: rows that are run once, and the tables that are made of them."""
+"""The studies: rows that are run once, the tables that are made of them, and their versions."""
 
 import json
 import re
+import statistics
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from helpers import ROOT
 
-import main
+import cli
 import train
-from benchmarks import claims, laptop, method, rows, study, tables
-from infra.device import generator
-from patches import sample_patches
-from textures import make_textures
+from benchmarks import common, rows, study, tables
+
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
 @pytest.fixture
 def options(images, tmp_path, monkeypatch):
-    tiny = "--image_size 16 --arch resnet18-tiny --h_dim 8 --z_dim 4 --n_patches 2 --bs 4 --n_epochs 1 --n_eval_epochs 3"
-    monkeypatch.setitem(rows.GROUPS, "findings-cpu", rows.Group(tiny, "reproduction", "cpu"))
-    data = {"dataset": "folder", "data_dir": str(images)}
-    return SimpleNamespace(
-        seeds=2, disturbed=False, out=tmp_path / "out", log_folder=str(tmp_path / "logs"), **data
-    )
+    tiny = "--image_size 16 --arch resnet18-tiny --h_dim 8 --z_dim 4 --n_patches 2 --bs 4"
+    monkeypatch.setitem(rows.GROUPS, "findings-cpu", f"{tiny} --n_epochs 1 --n_eval_epochs 3")
+    data = {"dataset": "folder", "data_dir": str(images), "log_folder": str(tmp_path / "logs")}
+    return SimpleNamespace(seeds=2, disturbed=False, out=tmp_path, **data)
 
 
 def hparams(argv):
-    return main.hyperparameters(main.parse(argv))
+    return cli.hparams_of(cli.parse(argv))
 
 
 @pytest.mark.parametrize("group", rows.GROUPS)
 def test_each_row_is_a_command_that_the_program_takes(group):
     options = SimpleNamespace(log_folder=None, dataset="cifar10", data_dir="./datasets")
-    base = hparams(["train", *rows.GROUPS[group].base.split()])
+    base = hparams(["train", *rows.GROUPS[group].split()])
     for row in rows.rows_of(group):
-        hp = hparams(study.command(row, 42, options))
-        changed = set(base.differences(hp)) - {"seed"}
+        hp = hparams(study.arguments(row, 42, options))
         text = row.options.replace("--no-", "--") + " "
         names = {name for name in vars(hp) if f"--{name} " in text}
-        assert changed == names or group == "views", (
-            row.name
-        )  # a row says nothing that the base says already
-        if "half the patches" in row.name:  # said to cost as much as the base
-            assert (
-                hp.n_images * hp.n_patches * hp.n_epochs
-                == base.n_images * base.n_patches * base.n_epochs
-            ), row.name
+        assert set(base.differences(hp)) - {"seed"} == names, row.name  # says nothing twice
 
 
-def test_rows_are_run_once_and_a_failed_one_is_told(options, monkeypatch):
-    base = rows.Row("base", "the base", "89.25 (document)", "", 2, "findings-cpu")
-    untrained = rows.Row("untrained", "untrained", "", "--n_epochs 0", 2, "findings-cpu")
-    chosen = [
-        base,
-        untrained,
-        rows.Row("broken", "diverges", "", "--optimizer sgd --lr 1e6", 2, "findings-cpu"),
-    ]
-    options.out.mkdir()
-    for row in chosen:
-        study.run(row, options)
-    path = options.out / "reproduction.json"
+def test_rows_are_run_once_and_a_failed_one_says_so(options, monkeypatch):
+    base = rows.Row("findings-cpu", "base", "the base", "", 2, "89.25 (document)")
+    broken = base._replace(name="broken", title="diverges", options="--optimizer sgd --lr 1e6")
+    for row in (base, broken):
+        study.study(row, options)
+    path = options.out / "findings-cpu.json"
     text = path.read_text()
-    results = json.loads(text)["cpu"]
-    for name in ("base", "untrained"):
-        folders = [next(Path(options.log_folder).glob(f"{name}-{seed}__*")) for seed in (42, 43)]
-        accuracies = [
-            json.loads((folder / "linear_accuracy.json").read_text()) for folder in folders
-        ]
-        assert [entry["top1"] for entry in results[name]["runs"]] == [
-            accuracy["top1"] for accuracy in accuracies
-        ]
-    assert [list(entry["losses"][0]) for entry in results["base"]["runs"]] == [["mean", "last"]] * 2
-    assert results["untrained"]["runs"][0]["losses"] == []
-    assert (
-        "not finite" in results["broken"]["runs"][0]["failed"]
-        or "is nan" in results["broken"]["runs"][0]["failed"]
-    )
+    results = json.loads(text)
+    folders = [next(Path(options.log_folder).glob(f"base-{seed}__*")) for seed in (42, 43)]
+    accuracies = [json.loads((folder / "linear_accuracy.json").read_text()) for folder in folders]
+    top1 = [run["top1"] for run in results["base"]["runs"]]
+    assert top1 == [accuracy["top1"] for accuracy in accuracies]
+    for run, folder in zip(results["base"]["runs"], folders, strict=True):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        last = [line for line in lines if "loss_sim" in line][-1]
+        assert run["losses"] == [[last["loss_sim"], last["loss_uniformity"]]]
+        assert run["commit"] == common.this_commit()
+    assert re.search("not finite|is nan", results["broken"]["runs"][0]["failed"])
 
-    monkeypatch.setattr(train, "train_epoch", lambda *args: pytest.fail("trained again"))
-    for row in (base, untrained):
-        study.run(row, options)
+    monkeypatch.setattr(train, "train_step", lambda *args: pytest.fail("trained again"))
+    study.study(base, options)
     assert path.read_text() == text
 
-    monkeypatch.setattr(rows, "ROWS", [*chosen, base._replace(name="later", title="not run")])
-    table = tables.findings("findings-cpu", options.out)
-    top1 = [entry["top1"] for entry in results["base"]["runs"]]
-    assert (
-        f"| the base (`base`) |  | 89.25 (document) | {sum(top1) / 2:.1f}% ({min(top1):.1f} to {max(top1):.1f})"
-        in table
-    )
-    diverged = r"^\| diverges \(`broken`\) \| `--optimizer sgd --lr 1e6` \|  \| epoch 0 step \d+: .* \|  \|  \|$"
-    assert re.search(diverged, table, re.M)
+    monkeypatch.setattr(rows, "ROWS", [base, broken, base._replace(name="later", title="not run")])
+    monkeypatch.setattr(tables, "RESULTS_FOLDER", options.out)
+    table = tables.study_table("findings-cpu", tables.FINDINGS_COLUMNS)
+    spread = f"{sum(top1) / 2:.1f}% ({min(top1):.1f} to {max(top1):.1f})"
+    assert f"| the base (`base`) |  | 89.25 (document) | {spread} | " in table
+    failed = results["broken"]["runs"][0]["failed"].split(";")[0]
+    assert f"| `--optimizer sgd --lr 1e6` | 89.25 (document) | {failed} |" in table
     assert "| not run (`later`) |  | 89.25 (document) | not yet measured |  |  |" in table
-
-
-def test_the_mean_of_an_epoch_is_over_its_steps(finished):
-    """Lines of metrics.jsonl stand for 4 and 2 of the 6 steps of an epoch."""
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    losses = study.read_run(finished)["losses"]
-    assert len(losses) == 2
-    for epoch, values in enumerate(losses):
-        first, last = (lines[2 * epoch + i] for i in (0, 1))
-        for i, name in enumerate(("loss_sim", "loss_uniformity")):
-            assert values["mean"][i] == pytest.approx((4 * first[name] + 2 * last[name]) / 6)
-            assert values["last"][i] == last[name]
-
-
-def test_a_run_that_is_not_finished_has_its_losses_so_far(options, monkeypatch):
-    row = rows.Row("half", "half done", "", "", 1, "findings-cpu")
-    options.out.mkdir()
-    study.run(row, options)
-    (exp_dir,) = Path(options.log_folder).glob("half-42__*")
-    (exp_dir / "linear_accuracy.json").unlink()
-    (options.out / "reproduction.json").unlink()
-    study.run_so_far(row, options)
-    (entry,) = json.loads((options.out / "reproduction.json").read_text())["cpu"].values()
-    line = [
-        json.loads(line)
-        for line in (exp_dir / "metrics.jsonl").read_text().splitlines()
-        if "loss_sim" in line
-    ][-1]
-    assert entry["so_far"]["step"] == 6 and entry["so_far"]["last"] == [
-        line["loss_sim"],
-        line["loss_uniformity"],
-    ]
-    monkeypatch.setattr(rows, "ROWS", [row])
-    shown = f"| not yet measured; losses at step 6: {line['loss_sim']:.3f}, {line['loss_uniformity']:.1f}, on "
-    assert shown in tables.findings("findings-cpu", options.out)
+    # A result of other options than the row's is not shown.
+    monkeypatch.setitem(rows.GROUPS, "findings-cpu", f"{rows.GROUPS['findings-cpu']} --lr 0.2")
+    assert spread not in tables.study_table("findings-cpu", tables.FINDINGS_COLUMNS)
 
 
 def test_a_stopped_study_leaves_with_the_code(options, monkeypatch):
-    monkeypatch.setattr(main, "main", lambda argv: 143)
+    monkeypatch.setattr(study, "run_program", lambda argv: 143)
     with pytest.raises(SystemExit, match="143"):
-        study.run(rows.Row("base", "the base", "", "", 1, "findings-cpu"), options)
-    assert not options.out.exists()
+        study.study(rows.Row("findings-cpu", "base", "the base", ""), options)
+    assert not (options.out / "findings-cpu.json").exists()
 
 
-def test_no_figure_lies_in_a_row_that_is_not_measured():
-    """What the recorded results hold is a row of a study, or, if it changed the program, says so."""
-    recorded = json.loads((ROOT / "benchmarks" / "results" / "one-minute.json").read_text())[
-        "tries"
-    ]
-    for name, entry in recorded.items():
-        assert entry["changed"] or rows.TRIES[name] == entry["options"], name
+def without_commit(content):
+    """Yield the names of the numbers that lie in no dict with a commit."""
+    if isinstance(content, dict) and content.get("commit"):
+        return
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for name, value in items:
+        if isinstance(value, (int, float)) and name != "n_images":
+            yield name
+        elif isinstance(value, (dict, list)) and name != "machine":
+            yield from without_commit(value)
 
 
-def test_what_decides_a_claim():
-    """The ranges of the seeds for what is above; two points for what is as good; from one seed some gaps are undecided."""
-
-    def row(*top1):
-        return {"runs": [{"top1": x} for x in top1]}
-
-    results = {
-        "a": row(60, 61),
-        "b": row(59),
-        "c": row(50),
-        "d": row(59, 59.5),
-        "e": row(59, 60.5),
-        "g": row(60),
-    }
-
-    def answer(*names):
-        return claims.verdict(results, *names).split(",")[0]
-
-    assert [answer("a", claims.ABOVE, name) for name in "bcde"] == [
-        "undecided",
-        "**yes**",
-        "**yes**",
-        "**no**",
-    ]
-    assert [answer(name, claims.ABOVE, "a") for name in "bcd"] == ["undecided", "**no**", "**no**"]
-    assert [answer(name, claims.CLOSE, "a") for name in "bcdg"] == [
-        "undecided",
-        "**no**",
-        "**yes**",
-        "**yes**",
-    ]
-    assert answer("a", claims.ABOVE, "f") == "not yet measured"
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_figure_has_the_commit_that_measured_it(path):
+    assert list(without_commit(json.loads(path.read_text()))) == []
 
 
-def test_a_table_that_needs_the_seconds_refuses_disturbed_runs(capsys):
-    assert study.parse(["laptop", "--disturbed"]).disturbed
-    with pytest.raises(SystemExit):
-        study.parse(["demo", "--disturbed"])
-    assert "--disturbed: the table of demo needs the seconds" in capsys.readouterr().err
+def test_figures_of_another_version_are_marked(tmp_path, monkeypatch):
+    """In a repository with a file of the method, an old commit of it and the present one."""
+
+    def git(*words):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        command = ["git", "-C", tmp_path, *identity, *words]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+
+    def committed(text):
+        (tmp_path / "loss.py").write_text(text)
+        git("add", ".")
+        git("commit", "-m", text)
+        return git("rev-parse", "HEAD")
+
+    def cell(*commits):
+        runs = [{"commit": commit, "top1": 1.0} for commit in commits]
+        return tables.study_cell("commit", rows.ROWS[0], runs)
+
+    git("init")
+    old, new = committed("old"), committed("new")
+    (tmp_path / "docs.md").write_text("not of the method")
+    git("add", ".")
+    git("commit", "-m", "docs")
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    assert cell(new) == new
+    assert cell(new, old) == f"{', '.join(sorted((new, old)))}†"
+    assert cell(f"{new}-dirty") == f"{new}-dirty†"
+    assert cell("0" * 40) == f"{'0' * 40}‡"
+    assert common.commit_of({"commit": new, "dirty": True}) == new[:7]
+    (tmp_path / "loss.py").write_text("edited")
+    assert cell(new) == f"{new}†"
+    assert common.commit_of({"commit": new, "dirty": True}) == f"{new[:7]}-dirty"
+    assert "† Of an earlier version" in tables.with_notes(f"| {cell(new)} |")
 
 
-def test_the_curve_and_its_table_show_the_results(tmp_path, monkeypatch):
-    def runs(*top1, seconds=10):
-        stages = {"training": seconds, "encoding": 2, "probe": 1}
-        return [
-            {"top1": x, "train_top1": x + 5, "knn_top1": x - 5, "seconds": stages} for x in top1
-        ]
+def test_the_tables_show_the_figures_of_the_files():
+    """Some of each kind, computed here from the files."""
 
-    machine = dict.fromkeys(
-        ("processor", "cores", "device", "precision", "python", "torch", "torchvision"), "m"
-    )
-    measured = {
-        "preset-50000": runs(80, 82),
-        "preset-5000": runs(64),
-        "lars-5000": runs(52),
-        "untrained-50000": runs(40),
-    }
-    about = {"data": "CIFAR-10", "machine": machine}
-    text = json.dumps(
-        {"runs": {name: {"runs": found, **about} for name, found in measured.items()}}
-    )
-    (tmp_path / "laptop.json").write_text(text)
-    size = {"n_images": 5000, "n_centroids": 400, "train_top1": 70}
-    clusters = [{**size, "top1": 59, "seconds": 30}, {**size, "top1": 61, "seconds": 40}]
-    (tmp_path / "kmeans.json").write_text(json.dumps({"rows": clusters}))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert laptop.curves() == {
-        "--preset laptop": [(13, 64, 64, 64), (13, 80, 81, 82)],
-        "LARS, mean of the features": [(13, 52, 52, 52)],
-        "k-means of patches": [(35, 59, 60, 61)],
-    }
-    table = laptop.results_table()
-    assert (
-        "| the preset | 50,000 | 81.0% (80.0 to 82.0) | 86.0% (85.0 to 87.0) | 76.0% (75.0 to 77.0) | 13 |"
-        in table
-    )
-    assert (
-        "| k-means, 400 centroids | 5,000 | 60.0% (59.0 to 61.0) | 70.0% (70.0 to 70.0) |  | 35 |"
-        in table
-    )
-    assert "81.0% (80.0 to 82.0) linear top-1 on CIFAR-10 in 0 minutes" in laptop.headline()
-    figure = laptop.figure()
-    drawn = [
-        line.get_xydata().tolist()
-        for line in figure.axes[0].lines
-        if line.get_marker() in ("o", "s", "D")
-    ]
-    assert [[13, 64], [13, 81]] in drawn and [[35, 60]] in drawn
+    def read(name):
+        return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
-
-def test_the_figure_of_the_method_has_the_patches_that_training_would_see():
-    pytest.importorskip("matplotlib")
-    (axes,) = method.figure().axes
-    shown = [torch.as_tensor(image.get_array()) for image in axes.get_images()]
-    assert len(shown) == method.B * (1 + method.P)
-    images = make_textures(20, generator(method.SEED, "method"))[0][list(method.CHOSEN)]
-    x = sample_patches(images, method.P, generator(method.SEED, "patches"), 32)
-    torch.testing.assert_close(shown[0], images[0].permute(1, 2, 0) / 255)
-    torch.testing.assert_close(shown[1], (x[0, 0].permute(1, 2, 0) + 1) / 2)
+    top1 = [run["top1"] for run in read("laptop")["preset-50000"]["runs"]]
+    spread = f"{statistics.mean(top1):.1f}% ({min(top1):.1f} to {max(top1):.1f})"
+    assert f"| the preset, 50,000 images | {spread} |" in tables.laptop_table()
+    row = read("kmeans")["rows"][0]
+    cells = f"{row['n_images']:,} images (`benchmarks/kmeans.py`) | {row['top1']:.1f}% |"
+    assert cells in tables.laptop_table()
+    peers = read("peers")
+    rows_of_vicreg = [row for row in peers["rows"] if row["method"] == "vicreg"]
+    cells = [f"{row['top1']:.1f}%; {row['knn_top1']:.1f}%" for row in rows_of_vicreg]
+    assert f"| VICReg | {' | '.join(cells)} |" in tables.peers_table()
+    assert f"untrained: {peers['untrained']['top1']:.1f}%" in tables.peers_table()
+    part = read("speed-cpu")["parts"]["tcr"]
+    plain, ours = (statistics.median(part[side]["seconds"]) for side in ("baseline", "ours"))
+    cells = rf"^\| tcr .* \| {plain / ours:.3g} \(.* \| {ours / part['floor']:.2g} \|"
+    assert re.search(cells, tables.speed_table("cpu"), re.M)
+    choices = read("choices-cpu")["choices"]
+    step, as_is = (statistics.median(choices[name]["seconds"]) for name in ("fp32", "as it is"))
+    assert f"| fp32 | {step / as_is:.2f} |" in tables.choices_table()

@@ -1,0 +1,103 @@
+"""Draw pictures/laptop.png and pictures/peers.png from benchmarks/results.
+
+python -m benchmarks.figures
+"""
+
+import argparse
+import statistics
+
+from benchmarks.common import ROOT
+from benchmarks.peers_methods import METHODS
+from benchmarks.tables import kmeans_runs, peers_by_budget, results_of, seconds_of_runs
+
+STYLES = {
+    "preset": {"linewidth": 2.5},
+    "supervised": {"linestyle": "--", "color": "black"},
+}
+
+
+def empty_figure(height, machine, title, **axes):
+    """Return (figure, axes) of matplotlib with a logarithmic time and the machine in the title."""
+    from matplotlib.figure import Figure  # an optional package
+
+    made = Figure(figsize=(7, height), layout="constrained")
+    axes = made.add_subplot(xscale="log", ylabel="linear probe, top-1 (%)", **axes)
+    about = f"{machine['cores']} cores, {machine['processor']}, {machine['precision']}"
+    axes.set_title(f"{title}; {about}", fontsize=10)
+    axes.grid(alpha=0.3)
+    return made, axes
+
+
+def set_ticks(axes, ticks):
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def laptop_curves():
+    """Return {title: points by time} of the methods of laptop.json and kmeans.json.
+
+    A point is (seconds, least, mean, greatest top-1) of the seeds.
+    """
+    results = results_of("laptop")
+    curves = {}
+    for name, title in (("preset", "--preset laptop"), ("lars", "LARS, mean of the features")):
+        runs_of_sizes = [results[key]["runs"] for key in results if key.startswith(f"{name}-")]
+        curves[title] = [point(runs, seconds_of_runs(runs)) for runs in runs_of_sizes]
+    kmeans = kmeans_runs().values()
+    seconds = [[run["seconds"] for run in runs] for runs in kmeans]
+    curves["k-means of patches"] = [point(*pair) for pair in zip(kmeans, seconds, strict=True)]
+    return {title: sorted(points) for title, points in curves.items()}
+
+
+def point(runs, seconds):
+    top1 = [run["top1"] for run in runs]
+    return statistics.median(seconds), min(top1), statistics.mean(top1), max(top1)
+
+
+def laptop_figure():
+    results = results_of("laptop")
+    machine = results["preset-50000"]["machine"]
+    xlabel = "seconds of training, encoding and probe"
+    made, axes = empty_figure(4, machine, "CIFAR-10", xlabel=xlabel, xlim=(14, 800))
+    for (title, points), marker in zip(laptop_curves().items(), "osD", strict=True):
+        seconds, least, mean, most = zip(*points, strict=True)
+        below = [m - low for m, low in zip(mean, least, strict=True)]
+        above = [high - m for m, high in zip(mean, most, strict=True)]
+        axes.errorbar(seconds, mean, [below, above], marker=marker, capsize=3, label=title)
+    untrained = results["untrained-50000"]["runs"][0]["top1"]
+    axes.axhline(untrained, color="grey", linestyle="--", label="untrained, the preset's views")
+    set_ticks(axes, (15, 30, 60, 120, 300, 600))
+    axes.legend()
+    return made
+
+
+def peers_figure():
+    results = results_of("peers")
+    made, axes = empty_figure(
+        4.2, results["machine"], "CIFAR-10, resnet18-tiny", xlabel="minutes of training"
+    )
+    for (name, by_budget), marker in zip(peers_by_budget(results).items(), "osD^vP*", strict=True):
+        points = sorted(
+            (budget / 60, statistics.mean(row["top1"] for row in rows))
+            for budget, rows in by_budget.items()
+        )
+        title, style = METHODS[name].title, STYLES.get(name, {})
+        axes.plot(*zip(*points, strict=True), marker=marker, label=title, **style)
+    k = results["kmeans"]
+    label = "k-means (all its seconds)"
+    axes.plot(k["seconds"] / 60, k["top1"], "x", color="grey", label=label)
+    axes.axhline(results["untrained"]["top1"], color="grey", linestyle=":", label="untrained")
+    set_ticks(axes, sorted({row["budget"] / 60 for row in results["rows"]}))
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves
+    return made
+
+
+FIGURES = {"laptop": laptop_figure, "peers": peers_figure}
+
+if __name__ == "__main__":
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args()
+    for name, draw in FIGURES.items():
+        path = ROOT / "pictures" / f"{name}.png"
+        draw().savefig(path, dpi=100, facecolor="white")
+        print(path)

@@ -1,0 +1,228 @@
+"""The methods that peers.py compares: this program's, lightly's losses and heads, supervised."""
+
+import copy
+import math
+from argparse import Namespace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import roi_align
+
+from hparams import PRESETS, Hparams
+from lars import LARS
+from model import Encoder, build_backbone
+from optimizers import build_optimizer
+from patches import Augment, augment_, augmentation_plan, sample_params, to_signed
+from train import build_step
+
+ARCH, DIM, PIXELS = "resnet18-tiny", 128, 16
+WEIGHT_DECAY = {"sgd": 5e-4, "muon": 0}
+BIASES = 0.024  # the learning rate of biases over that of weights in Barlow Twins' code, .0048 / .2
+
+
+class Try(NamedTuple):
+    optimizer: str
+    rate: float
+    setting: float | None = None  # of what Method.setting names; None for its default
+
+
+BY_SGD = (Try("sgd", 0.06),)  # of lightly's CIFAR-10 benchmark, for batches of 128
+BY_LARS = (Try("lars", 0.03), Try("lars", 0.1), Try("lars", 0.3))
+BY_MUON = (Try("muon", 0.02), Try("muon", 0.05), Try("muon", 0.1))
+# Muon is slow for layers of 2048 x 2048.
+NARROW = tuple(how._replace(setting=1024) for how in BY_MUON)
+
+
+class Method(NamedTuple):
+    title: str
+    # build(Try, bf16) -> (backbone, optimizer, step); step(images, labels, rng) trains on a batch
+    build: object
+    tries: tuple
+    setting: str = ""
+    bs: int = 128
+    # Pixels of the whole image in the evaluation. A view is a crop of 23 pixels on average.
+    sizes: tuple = (24, 32)
+
+
+NO_BLUR = Augment(blur=0, solarise=0)
+
+
+@torch.autocast("cpu", enabled=False)
+def random_views(images, rng, n=2, scale=(0.08, 1.0), augmentation=NO_BLUR):
+    """Return n random views of images uint8 (B, 3, H, W): float32 (n, B, 3, S, S) in [-1, 1].
+
+    A view is a crop with an area of a uniform fraction `scale` and a ratio of 3/4 to 4/3, resized
+    to S = PIXELS and flipped, with the jitter of hue at half of this program's range. Source:
+    lightly's SimCLRTransform with its CIFAR-10 benchmark's cj_strength of .5 and no blur.
+    """
+    B, _, H, W = images.shape
+    params = sample_params(n * B, H, W, rng, augmentation)
+    area, ratio, down, right = torch.rand(4, n * B, generator=rng)
+    area = H * W * (scale[0] + (scale[1] - scale[0]) * area)
+    ratio = ((2 * ratio - 1) * math.log(4 / 3)).exp()
+    h = (area / ratio).sqrt().clamp(max=H)
+    w = (area * ratio).sqrt().clamp(max=W)
+    top = down * (H - h)
+    left = right * (W - w)
+    image = torch.arange(B).repeat(n).float()
+    params["box"] = torch.stack([image, left, top, left + w, top + h], 1)
+    params["hue"] = params["hue"] / 2
+    x = roi_align(images.float() / 255, params["box"], PIXELS, sampling_ratio=2, aligned=True)
+    x = torch.where(params["flip"][:, None, None, None], x.flip(-1), x)
+    augment_(x, augmentation_plan(params))
+    return to_signed(x).unflatten(0, (n, B))  # (n B, 3, S, S) -> (n, B, 3, S, S)
+
+
+def simclr(backbone, temperature=0.5):
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules.heads import SimCLRProjectionHead
+
+    return two_views(backbone, SimCLRProjectionHead(DIM, 512, 128), NTXentLoss(temperature))
+
+
+def vicreg(backbone, width=2048):
+    from lightly.loss import vicreg_loss
+    from lightly.models.modules.heads import VICRegProjectionHead
+
+    vicreg_loss.covariance_loss = covariance_loss
+    head = VICRegProjectionHead(DIM, width, width, num_layers=2)
+    return two_views(backbone, head, vicreg_loss.VICRegLoss())
+
+
+def covariance_loss(x):
+    """Return lightly's covariance_loss of x (B, d) from the (B, B) products, not the (d, d) ones.
+
+    The sums of the squares of XᵀX and XXᵀ are the same. A step of VICReg takes less time so.
+    """
+    B, d = x.shape
+    x = x - x.mean(0)
+    squares = (x @ x.T).square().sum() - x.square().sum(0).square().sum()
+    return squares / ((B - 1) ** 2 * d)
+
+
+def barlow(backbone, width=2048):
+    """Barlow Twins. With LARS and Muon the scale of its large loss matters to 1-D weights alone."""
+    from lightly.loss import BarlowTwinsLoss
+    from lightly.models.modules.heads import ProjectionHead
+
+    layers = [(DIM, width, nn.BatchNorm1d(width), nn.ReLU()), (width, width, None, None)]
+    loss = BarlowTwinsLoss()
+    return two_views(backbone, ProjectionHead(layers), lambda z0, z1: BIASES * loss(z0, z1))
+
+
+def two_views(backbone, head, criterion):
+    """Return (head, forward, criterion).
+
+    forward(images, labels, rng) computes z of two views, criterion the loss of them.
+    """
+
+    def forward(images, labels, rng):
+        return [head(backbone(view)) for view in random_views(images, rng)]
+
+    return head, forward, criterion
+
+
+def byol(backbone, momentum=0.99):
+    from lightly.loss import NegativeCosineSimilarity
+    from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
+    from lightly.models.utils import update_momentum
+
+    cosine = NegativeCosineSimilarity()
+    online = nn.Sequential(backbone, BYOLProjectionHead(DIM, 1024, 256))
+    predict = BYOLPredictionHead(256, 1024, 256)
+    target = copy.deepcopy(online).requires_grad_(False)
+
+    def forward(images, labels, rng):
+        # lightly's CIFAR-10 benchmark has .99, for many more steps
+        update_momentum(online, target, m=momentum)
+        views = random_views(images, rng)
+        return [*(predict(online(view)) for view in views), *(target(view) for view in views)]
+
+    def criterion(p0, p1, z0, z1):
+        return (cosine(p0, z1) + cosine(p1, z0)) / 2
+
+    return nn.Sequential(online[1], predict), forward, criterion
+
+
+def supervised(backbone):
+    """The labels themselves: cross-entropy of one view, a crop and a flip."""
+    head = nn.Linear(DIM, 10)
+    plain = Augment(jitter=0, grey=0, blur=0, solarise=0)
+
+    def forward(images, labels, rng):
+        (view,) = random_views(images, rng, 1, (0.25, 1.0), plain)
+        return head(backbone(view)), labels
+
+    return head, forward, F.cross_entropy
+
+
+def build_peer(parts_of, how, bf16):
+    """Return (backbone, optimizer, step) of a peer.
+
+    parts_of(backbone, setting) returns (head, forward, criterion).
+    """
+    backbone = build_backbone(ARCH)[0].to(memory_format=torch.channels_last)
+    setting = () if how.setting is None else (how.setting,)
+    head, forward, criterion = parts_of(backbone, *setting)
+    network = nn.ModuleList([backbone, head])
+    optimizer = build_peer_optimizer(how.optimizer, how.rate, network, bf16)
+
+    def step(images, labels, rng):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outputs = forward(images, labels, rng)
+        loss = criterion(*(x.float() if x.is_floating_point() else x for x in outputs))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return backbone, optimizer, step
+
+
+def build_peer_optimizer(name, rate, network, bf16):
+    """Return an optimizer of a peer.
+
+    This program's LARS clips the step at a length that no rate here changes; theirs does not. With
+    the trust coefficient of .02, the rates tried move a matrix by .0006 to .018 of its norm a step.
+    The papers have .001, for training that is hundreds of times as long.
+    """
+    if name == "lars":
+        params = list(network.parameters())
+        return LARS(params, rate, momentum=0.9, weight_decay=1e-6, nesterov=True, eta=0.02)
+    hp = Namespace(optimizer=name, lr=rate, weight_decay=WEIGHT_DECAY[name])
+    return build_optimizer(hp, network, bf16)
+
+
+def build_emp_ssl(how, bf16):
+    """Return (backbone, optimizer, step) of this program, by --preset laptop."""
+    hp = Hparams(**{**PRESETS["laptop"], "optimizer": how.optimizer, "lr": how.rate})
+    encoder = Encoder(hp.arch, hp.h_dim, hp.z_dim).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(hp, encoder, bf16)
+    step = build_step(hp, encoder, optimizer, bf16)
+    return encoder.backbone, optimizer, lambda images, labels, rng: step(images, rng)
+
+
+TEMPERATURES = (Try("muon", 0.05, 0.2), Try("muon", 0.1, 0.2))
+MOMENTA = (Try("muon", 0.05, 0.9), Try("muon", 0.05, 0.97))
+EVERY = BY_SGD + BY_LARS + BY_MUON
+EMP_SSL = partial(Method, build=build_emp_ssl, bs=50, sizes=(32,))
+METHODS = {
+    "preset": EMP_SSL("EMP-SSL, --preset laptop", tries=(Try("muon", 0.05),)),
+    "lars": EMP_SSL("EMP-SSL, LARS", tries=(Try("lars", 0.3),)),
+    "simclr": Method("SimCLR", partial(build_peer, simclr), EVERY + TEMPERATURES, "temperature"),
+    # lightly's CIFAR-10 benchmark does not have VICReg, and so no rate of SGD
+    "vicreg": Method("VICReg", partial(build_peer, vicreg), BY_LARS + NARROW, "width"),
+    "barlow": Method(
+        "Barlow Twins", partial(build_peer, barlow), BY_SGD + BY_LARS + NARROW, "width"
+    ),
+    "byol": Method("BYOL", partial(build_peer, byol), EVERY + MOMENTA, "momentum"),
+    "supervised": Method("supervised", partial(build_peer, supervised), BY_SGD + BY_MUON),
+}
+
+
+def label(name, how):
+    """Return a Try of a method in words: muon 0.05, temperature 0.2."""
+    setting = "" if how.setting is None else f", {METHODS[name].setting} {how.setting:g}"
+    return f"{how.optimizer} {how.rate:g}{setting}"
