@@ -38,6 +38,7 @@ class Row(NamedTuple):
     options: str  # beside those of the group
     seeds: int = 1  # how many, from 42, the program's default
     published: str = ""  # top-1 at full size and who published it
+    verdict: str = ""  # whether it is so here, with the small network
 
 
 VONMISES = "--uniformity_loss vonmises --invariance_loss_weight 1.5 --emb_pool proj"
@@ -118,6 +119,20 @@ CPU = {  # options with a small network, on two cores
     "bottleneck-2": f"{VONMISES} --n_patches 2 --z_dim 1024 --h_dim 64",
     "mini": "--arch resnet18-mini",
 }
+VERDICTS = {  # of CPU; as good: within two points
+    "untrained": "training helps",
+    "two-patches": "many patches are better: yes",
+    "no-batch-norm": "as good: no",
+    "tanh": "as good: undecided",
+    "sgd": "LARS is far above it: yes. SGD at its own rate is not measured",
+    "muon": "level with LARS",
+    "frozen": "nearly as good: undecided",
+    "three-quarters": "as good as the whole: yes",
+    "duplicates": "they hurt: yes, beside the next row",
+    "mean-projection": "as good: no, hardly above untrained",
+    "bottleneck-2": "as good with 2 patches: yes, as low",
+    "mini": "better than the base: undecided",
+}
 TWO_SEEDS = ("base", "untrained", "muon", "three-quarters")  # in CPU
 SEARCH = {  # each changes one thing of the base of the search behind --preset laptop
     "twice the patches": "--n_patches 16",
@@ -136,7 +151,9 @@ def findings(group, options, two_seeds=()):
     rows = []
     for name, text in options.items():
         title, published = FINDINGS[name]
-        rows.append(Row(group, name, title, text, 2 if name in two_seeds else 1, published))
+        seeds = 2 if name in two_seeds else 1
+        verdict = VERDICTS.get(name, "") if group == "findings-cpu" else ""
+        rows.append(Row(group, name, title, text, seeds, published, verdict))
     return rows
 
 

@@ -10,8 +10,8 @@ import re
 import statistics
 from functools import partial
 
-from benchmarks.common import EARLIER, RESULTS_FOLDER, ROOT, UNKNOWN, version_text
-from benchmarks.peers_methods import METHODS, Try, label
+from benchmarks.common import RESULTS_FOLDER, ROOT, version_text
+from benchmarks.peers_methods import METHODS
 from benchmarks.rows import GROUPS, all_options, rows_of
 from benchmarks.speed import CHOICES
 from hparams import PRESETS, SETTINGS, STAGES, yaml_value
@@ -29,6 +29,7 @@ HEADERS = {  # of the columns of study_table
     "knn_top1": "20-NN",
     "seconds": "seconds",
     "commit": "commit",
+    "verdict": "verdict",
 }
 
 
@@ -53,9 +54,10 @@ def spread(runs, name):
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 
 
-def seconds_of_runs(runs):
-    """Return the seconds of all stages of each run that has them (see study.py --disturbed)."""
-    return [sum(run["seconds"].values()) for run in runs if "seconds" in run]
+def seconds_of_run(run):
+    """Return the seconds of all stages of a run of study.py or kmeans.py."""
+    seconds = run["seconds"]
+    return sum(seconds.values()) if isinstance(seconds, dict) else seconds
 
 
 def seeds_text(numbers):
@@ -102,24 +104,21 @@ def presets_list():
 def study_table(group, columns, others=()):
     """Return the table of a group of study.py with these columns of HEADERS.
 
-    A row that has no result with its present options is not yet measured. others: rows to add.
+    A row without a result of its present options is left out. others: rows to add.
     """
     results = results_of(group)
-    entries, rows = [], []
+    entries = []
+    rows = []
     for row in rows_of(group):
         entry = results.get(row.name)
-        if entry and entry["options"] == all_options(row):
-            entries.append(entry)
-            runs = entry["runs"]
-        else:
-            runs = []
+        if not entry or entry["options"] != all_options(row):
+            continue
+        entries.append(entry)
         title = f"{row.title} (`{row.name}`)" if "options" in columns else row.title
-        rows.append([title, *(study_cell(name, row, runs) for name in columns)])
+        rows.append([title, *(study_cell(name, row, entry["runs"]) for name in columns)])
     text = markdown(["", *(HEADERS[name] for name in columns)], [*rows, *others]) + "\n\n"
     if "options" in columns:
         text += f"Every row starts from `{GROUPS[group]}`. In brackets is the name for `--only`. "
-    if not entries:
-        return text.rstrip()
     n_images, data = entries[0]["n_images"], entries[0]["data"]
     size = f"{n_images:,} training images of " if n_images else ""
     seeds = seeds_text([len(entry["runs"]) for entry in entries])
@@ -131,17 +130,15 @@ def study_cell(name, row, runs):
     """Return the cell of a column of HEADERS."""
     if name == "options":
         return f"`{row.options}`".replace("{base}", "LAST.pt") if row.options else ""
-    if name == "published":
-        return row.published
-    if not runs:
-        return "not yet measured" if name == "top1" else ""
+    if name in ("published", "verdict"):
+        return getattr(row, name)
     if name == "commit":
         return version_text(runs)
     done = [run for run in runs if "failed" not in run]
     if not done:
         return runs[0]["failed"].split(";")[0] if name == "top1" else ""
     if name == "seconds":
-        seconds = seconds_of_runs(done)
+        seconds = [seconds_of_run(run) for run in done if "seconds" in run]  # study.py --disturbed
         return f"{statistics.median(seconds):.0f}" if seconds else ""
     return spread(done, name)
 
@@ -166,6 +163,24 @@ def laptop_table():
     return study_table("laptop", ("top1", "train_top1", "knn_top1", "seconds", "commit"), rows)
 
 
+def summary_table():
+    """Return the table of the README: the preset, k-means, and the preset untrained."""
+    laptop = results_of("laptop")
+    rows = [
+        summary_row("`--preset laptop`", laptop["preset-50000"]["runs"]),
+        summary_row("k-means of patches, 1,600 centroids", kmeans_runs()[1600, 50000]),
+        summary_row("the preset, untrained", laptop["untrained-50000"]["runs"]),
+    ]
+    columns = ["CIFAR-10, 50,000 images", "linear probe, top-1", "20-NN", "seconds", "commit"]
+    return markdown(columns, rows)
+
+
+def summary_row(title, runs):
+    seconds = statistics.median(map(seconds_of_run, runs))
+    knn = spread(runs, "knn_top1")
+    return [title, spread(runs, "top1"), knn, f"{seconds:.0f}", version_text(runs)]
+
+
 def peers_by_budget(results):
     """Return {method: {budget in seconds: its rows, one for each seed}} of a file of peers.py."""
     methods = {}
@@ -178,9 +193,9 @@ def minutes_text(budget):
     return f"{budget / 60:g} minute{'' if budget == 60 else 's'}"
 
 
-def peers_table(name="peers"):
+def peers_table():
     """Return the table of top-1 and 20-NN by method and budget, and how it was measured."""
-    results = results_of(name)
+    results = results_of("peers")
     methods = peers_by_budget(results)
     budgets = sorted({row["budget"] for row in results["rows"]})
     lines = []
@@ -208,44 +223,22 @@ def peers_cell(rows):
     return f"{spread(rows, 'top1')}; {knn:.1f}%"
 
 
-def peers_choices():
-    """Return the table of the optimizers and rates that were tried, and the scores that decided."""
-    results = results_of("peers")
-    methods = list(peers_by_budget(results))
-    lines = []
-    for row in sorted(results["rows"], key=lambda row: methods.index(row["method"])):
-        name, optimizer = row["method"], row["optimizer"]
-        chosen = label(name, Try(optimizer, row["lr"], row["setting"]))
-        step = results["step_seconds"][f"{name} {optimizer}"]["seconds"]
-        scores = "; ".join(f"{how}: {score:.1f}" for how, score in row["scores"].items())
-        numbers = [str(row["size"]), f"{row['n_steps']:,}", f"{step:.2f} s", str(row["bs"])]
-        cells = [METHODS[name].title, minutes_text(row["budget"]), chosen, *numbers, scores]
-        lines.append([*cells, version_text([row], *PEERS_FILES)])
-    columns = "budget, chosen, size, steps, a step, images in it, scores, commit".split(", ")
-    score = results["untrained"]["score"]
-    return f"{markdown(['', *columns], lines)}\n\nThe score of the network untrained: {score:.1f}."
-
-
-def speed_table(device):
-    """Return the ratios of each part; on a GPU the times too, which on a CPU vary with its load."""
-    results = results_of(f"speed-{device}")
-    command = f"speed --device {device}"
-    if not results:
-        return f"Not yet measured. The command is `python -m benchmarks.{command}`."
+def speed_table():
+    """Return the ratios of each part: on a CPU, times vary with its load."""
+    results = results_of("speed-cpu")
     rows = []
     for part in results["parts"].values():
-        plain, ours = part["baseline"]["seconds"], part["ours"]["seconds"]
-        times = [f"{1e3 * statistics.median(side):.4g} ms" for side in (plain, ours)]
-        shown = times if device == "cuda" else ["", ""]
+        plain = part["baseline"]["seconds"]
+        ours = part["ours"]["seconds"]
         ratios = [a / b for a, b in zip(plain, ours, strict=True)]
         faster = statistics.median(plain) / statistics.median(ours)
         faster = f"{faster:.3g} ({min(ratios):.3g} to {max(ratios):.3g})"
         over_floor = f"{statistics.median(ours) / part['floor']:.2g}"
         commit = version_text([part], *SPEED_FILES)
-        rows.append([part["title"], *shown, faster, over_floor, commit])
-    columns = ["part", "baseline", "ours", "times as fast", "ours over the floor", "commit"]
+        rows.append([part["title"], faster, over_floor, commit])
+    columns = ["part", "times as fast", "ours over the floor", "commit"]
     rates = results["rates"]
-    measured = measured_by(command, [results["machine"]])
+    measured = measured_by("speed", [results["machine"]])
     return (
         f"{markdown(columns, rows)}\n\n{measured} Rates behind the floor: "
         f"{rates['network'] / 1e12:.3g} TFLOP/s in the network's precision, "
@@ -274,41 +267,24 @@ def choices_table():
     return f"{markdown(columns, rows)}\n\nCommit {commit}. {measured}"
 
 
-FINDINGS_COLUMNS = ("options", "published", "top1", "train_top1", "knn_top1", "seconds", "commit")
+FINDINGS_COLUMNS = ("options", "published", "top1", "train_top1", "knn_top1", "commit", "verdict")
 TABLES = {
     "options": options_table,
     "presets": presets_list,
     "demo": partial(study_table, "demo", ("top1", "top5", "knn_top1", "seconds", "commit")),
-    "findings-full": partial(study_table, "findings-full", FINDINGS_COLUMNS),
     "findings-cpu": partial(study_table, "findings-cpu", FINDINGS_COLUMNS),
-    "search": partial(study_table, "search", ("options", "top1", "commit")),
     "laptop": laptop_table,
-    "precision": partial(study_table, "precision", ("top1", "seconds", "commit")),
+    "summary": summary_table,
     "peers": peers_table,
-    "peers-fp32": partial(peers_table, "peers-fp32"),
-    "peers-choices": peers_choices,
-    "speed-cpu": partial(speed_table, "cpu"),
-    "speed-cuda": partial(speed_table, "cuda"),
+    "speed-cpu": speed_table,
     "choices": choices_table,
 }
-
-
-NOTES = {
-    EARLIER: "Of an earlier version: a file of the method or of the benchmark has changed since.",
-    UNKNOWN: "Of an unknown version: the repository does not have this commit.",
-}
-
-
-def with_notes(text):
-    """Return a table with an explanation of each mark of a version in it."""
-    notes = [f"{mark} {note}" for mark, note in NOTES.items() if mark in text]
-    return "\n\n".join([text, *notes])
 
 
 def with_tables(page):
     """Return a page with its tables made anew. Raises KeyError for a name that is not in TABLES."""
     pattern = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)", re.S)
-    return pattern.sub(lambda m: f"{m[1]}{with_notes(TABLES[m[2]]())}\n{m[3]}", page)
+    return pattern.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", page)
 
 
 if __name__ == "__main__":
