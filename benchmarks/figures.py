@@ -8,7 +8,7 @@ import statistics
 
 from benchmarks.common import ROOT
 from benchmarks.peers_methods import METHODS
-from benchmarks.tables import kmeans_runs, peers_by_budget, results_of, seconds_of_run
+from benchmarks.tables import kmeans_runs, peers_by_budget, results_of, seconds_of_runs
 
 STYLES = {
     "preset": {"linewidth": 2.5},
@@ -42,10 +42,7 @@ def laptop_curves():
     curves = {}
     for name, title in (("preset", "--preset laptop"), ("lars", "LARS, mean of the features")):
         runs_of_sizes = [results[key]["runs"] for key in results if key.startswith(f"{name}-")]
-        curves[title] = []
-        for runs in runs_of_sizes:
-            timed = [run for run in runs if "seconds" in run]
-            curves[title].append(point(runs, list(map(seconds_of_run, timed))))
+        curves[title] = [point(runs, seconds_of_runs(runs)) for runs in runs_of_sizes]
     kmeans = kmeans_runs().values()
     seconds = [[run["seconds"] for run in runs] for runs in kmeans]
     curves["k-means of patches"] = [point(*pair) for pair in zip(kmeans, seconds, strict=True)]

@@ -54,10 +54,19 @@ def spread(runs, name):
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 
 
-def seconds_of_run(run):
-    """Return the seconds of all stages of a run of study.py or kmeans.py."""
-    seconds = run["seconds"]
-    return sum(seconds.values()) if isinstance(seconds, dict) else seconds
+def seconds_of_runs(runs):
+    """Return the seconds of each run of study.py or kmeans.py that has them, all stages together.
+
+    A run of study.py --disturbed has none.
+    """
+    recorded = [run["seconds"] for run in runs if "seconds" in run]
+    return [sum(s.values()) if isinstance(s, dict) else s for s in recorded]
+
+
+def median_seconds(runs):
+    """Return the median of seconds_of_runs as a text, "" if there are none."""
+    seconds = seconds_of_runs(runs)
+    return f"{statistics.median(seconds):.0f}" if seconds else ""
 
 
 def seeds_text(numbers):
@@ -138,8 +147,7 @@ def study_cell(name, row, runs):
     if not done:
         return runs[0]["failed"].split(";")[0] if name == "top1" else ""
     if name == "seconds":
-        seconds = [seconds_of_run(run) for run in done if "seconds" in run]  # study.py --disturbed
-        return f"{statistics.median(seconds):.0f}" if seconds else ""
+        return median_seconds(done)
     return spread(done, name)
 
 
@@ -156,10 +164,9 @@ def laptop_table():
     rows = []
     for (n_centroids, n_images), runs in kmeans_runs().items():
         title = f"k-means, {n_centroids} centroids, {n_images:,} images (`benchmarks/kmeans.py`)"
-        seconds = statistics.median(run["seconds"] for run in runs)
         accuracies = [spread(runs, "top1"), spread(runs, "train_top1"), ""]
         commit = version_text(runs, "benchmarks/kmeans.py")
-        rows.append([title, *accuracies, f"{seconds:.0f}", commit])
+        rows.append([title, *accuracies, median_seconds(runs), commit])
     return study_table("laptop", ("top1", "train_top1", "knn_top1", "seconds", "commit"), rows)
 
 
@@ -176,9 +183,8 @@ def summary_table():
 
 
 def summary_row(title, runs):
-    seconds = statistics.median(map(seconds_of_run, runs))
-    knn = spread(runs, "knn_top1")
-    return [title, spread(runs, "top1"), knn, f"{seconds:.0f}", version_text(runs)]
+    accuracies = [spread(runs, "top1"), spread(runs, "knn_top1")]
+    return [title, *accuracies, median_seconds(runs), version_text(runs)]
 
 
 def peers_by_budget(results):

@@ -8,8 +8,9 @@ from experiment import Run
 from hparams import PRESETS, Hparams
 from infra import files
 from infra.device import generator, pick_precision
-from train import build_optimizer, build_step
-from weights import build_encoder
+from optimizers import build_optimizer
+from train import build_step
+from weights import new_encoder
 
 # The settings of `make demo` with fewer images, smaller patches and one view: 60 steps.
 DEMO = (
@@ -19,8 +20,8 @@ DEMO = (
 ).split()
 
 # The presets, and the default optimizer and learning rate with a small network.
-FIFTY_STEPS = {name: values for name, values in PRESETS.items() if name != "one-minute"}
-FIFTY_STEPS["lars"] = dict(arch="resnet18-tiny", input_size=16, h_dim=1024, z_dim=256)
+SMALL = {"arch": "resnet18-tiny", "input_size": 16, "h_dim": 1024, "z_dim": 256}
+FIFTY_STEPS = {**PRESETS, "lars": SMALL}
 
 
 def neighbour_accuracy(n_epochs, log_folder):
@@ -54,7 +55,7 @@ def test_a_step_in_bfloat16_is_one_in_float32(arch, input_size, bs):
     hp = Hparams(arch=arch, input_size=input_size, bs=bs, n_patches=4, h_dim=128, z_dim=32)
 
     def metrics(bf16):
-        encoder = build_encoder(hp, None)
+        encoder = new_encoder(hp)
         step = build_step(hp, encoder, build_optimizer(hp, encoder), bf16)
         return step(pictures(hp.bs), generator(0, "bf16"))
 
@@ -72,7 +73,7 @@ def test_the_norms_of_the_weights_stay_within_a_factor_of_two(name):
     # Muon that keeps the norm. The precision is that of a run, as Muon takes twice as long in fp32.
     hp = Hparams(**{**FIFTY_STEPS[name], "bs": 4, "n_patches": 2})
     bf16 = pick_precision(hp.precision, torch.device("cpu")) == "bf16"
-    encoder = build_encoder(hp, None)
+    encoder = new_encoder(hp)
     matrices = [p for p in encoder.parameters() if p.ndim >= 2]
     norms = torch.stack([p.detach().norm() for p in matrices])
     step = build_step(hp, encoder, build_optimizer(hp, encoder, bf16), bf16)
