@@ -1,6 +1,4 @@
-"""Export the encoder: weights with torchvision's names, safetensors, an ONNX graph, or embeddings
-of any folder.
-"""
+"""Export the encoder for torchvision, safetensors or ONNX, or the embeddings of any folder."""
 
 import copy
 import importlib.util
@@ -19,10 +17,10 @@ from infra import files
 from infra.console import log
 from infra.distributed import on_main_process, process_group
 from infra.errors import UsageError
-from model import fold_batch_norm, stages_of
-from tools import loading
+from model import BACKBONES, TIMM, create_timm_model, fold_batch_norm, stages_of
 from weights import build_encoder
 
+# Of each format: the packages that writing needs beside torch, and the suffix of the file.
 PACKAGES = {"torchvision": (), "safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript")}
 EXTENSIONS = {"torchvision": ".pt", "safetensors": ".safetensors", "onnx": ".onnx"}
 
@@ -76,12 +74,13 @@ def export_command(args):
         raise UsageError(f"--format {args.format} needs {names}: pip install {names}")
     run = Run(args.exp_dir).load("cpu")
     encoder = build_encoder(run)
-    description = describe(run, encoder, args.head)
-    for path in write(args.format, network(encoder, args.head), description, run.export):
+    description = describe(run, encoder, args.format, args.head)
+    run.export.mkdir(exist_ok=True)
+    for path in write(exported_network(encoder, args.head), description, run.export):
         log.info(f"* Wrote {path}")
 
 
-def network(encoder, head):
+def exported_network(encoder, head):
     """Return a copy of the backbone, float32 on the CPU: (N, 3, S, S) -> (N, dim).
 
     head: with the feature layer, nn.Sequential(Linear, BatchNorm1d, activation), so dim is h_dim.
@@ -95,24 +94,24 @@ def network(encoder, head):
     return nn.Sequential(encoder.backbone, encoder.features) if head else encoder.backbone
 
 
-def describe(run, encoder, head):
-    """Return what one must know to use the network, as a dict of plain values."""
+def describe(run, encoder, format, head):
+    """Return what load.py and a reader must know of the network, as a dict of plain values."""
     hp = run.hp
-    image_size = hp.image_size if hp.dataset == "folder" else 32
+    n_features = encoder.features[0].in_features
     epoch, step = position(run.checkpoint)
+    layer = {"h_dim": hp.h_dim, "batch_norm": hp.batch_norm, "activation": hp.activation}
     return {
+        "format": format,
+        "file": ("encoder" if head else "backbone") + EXTENSIONS[format],
         "arch": hp.arch,
-        "head": {"h_dim": hp.h_dim, "batch_norm": hp.batch_norm, "activation": hp.activation}
-        if head
-        else None,
-        "features": encoder.features[0].in_features,
-        "dim": hp.h_dim if head else encoder.features[0].in_features,
+        "network": describe_backbone(hp),
+        "head": layer if head else None,
+        "features": n_features,
+        "dim": hp.h_dim if head else n_features,
         "input_size": hp.patch_size,
-        "image_size": image_size,
-        "normalisation": {
-            "mean": [0.5, 0.5, 0.5],
-            "std": [0.5, 0.5, 0.5],
-        },  # of pixels in [0, 1]: the network sees [-1, 1]
+        "image_size": hp.image_size,
+        # Of pixels in [0, 1]: the network sees [-1, 1].
+        "normalisation": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
         "patches": "half as wide as the image, resized to input_size",
         "views": {"kind": hp.eval_views, "n": hp.test_views.count},
         "class_names": run.fingerprints["class_names"],
@@ -121,42 +120,55 @@ def describe(run, encoder, head):
     }
 
 
-def write(kind, module, description, folder):
-    """Write the network in a format, and beside it the code that loads it and its description.
+def describe_backbone(hp):
+    """Return how torchvision or timm builds the backbone, as a dict of plain values."""
+    if hp.arch.startswith(TIMM):
+        name = hp.arch.removeprefix(TIMM)
+        _, options = create_timm_model(name, hp.patch_size)
+        return {"library": "timm", "name": name, "options": options}
+    build, _ = BACKBONES[hp.arch]  # a functools.partial of model.resnet
+    (resnet,) = build.args
+    return {"library": "torchvision", "name": resnet.__name__, "removed": (), **build.keywords}
 
-    Return the three paths.
+
+def write(network, description, folder):
+    """Write the network, and beside it load.py and a JSON file with the description.
+
+    Return the three paths. Both are named after the network and its format, so that several formats
+    can be in the folder.
     """
-    folder.mkdir(exist_ok=True)
-    path = (folder / ("encoder" if description["head"] else "backbone")).with_suffix(
-        EXTENSIONS[kind]
-    )
-    weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    path = folder / description["file"]
+    code = path.with_name(f"{path.stem}_{description['format']}.py")
     with files.atomic_write(path) as file:
-        if kind == "torchvision":
-            torch.save(weights, file)
-        elif kind == "safetensors":
-            import safetensors.torch
-
-            file.write(
-                safetensors.torch.save(
-                    weights, {"format": "pt", "description": json.dumps(description)}
-                )
-            )
-        else:
-            file.write(onnx_graph(module, description["input_size"]))
-    code = path.with_name(f"{path.stem}_{kind}.py")
+        write_network(file, network, description)
     with files.atomic_write(code) as file:
-        file.write(loading.code(kind, path.name, description).encode())
-    files.write_json(path.with_suffix(".json"), description)
-    return path, code, path.with_suffix(".json")
+        file.write(Path(__file__).with_name("load.py").read_bytes())
+    files.write_json(code.with_suffix(".json"), description)
+    return path, code, code.with_suffix(".json")
 
 
-def onnx_graph(module, size):
-    """Return the bytes of an ONNX file: images float32 (N, 3, size, size) -> features (N, dim), for
-    any N.
+def write_network(file, network, description):
+    """Write the network in its format into an open file."""
+    if description["format"] == "onnx":
+        file.write(onnx_graph(network, description["input_size"]))
+        return
+    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    if description["format"] == "safetensors":
+        import safetensors.torch
+
+        metadata = {"format": "pt", "description": json.dumps(description)}
+        file.write(safetensors.torch.save(weights, metadata))
+    else:
+        torch.save(weights, file)
+
+
+def onnx_graph(network, size):
+    """Return the bytes of an ONNX file: images (N, 3, size, size) -> features (N, dim), for any N.
+
+    Both are float32.
     """
     program = torch.onnx.export(
-        fold_batch_norm(module).to(memory_format=torch.contiguous_format),
+        fold_batch_norm(network).to(memory_format=torch.contiguous_format),
         (torch.zeros(2, 3, size, size),),
         dynamo=True,
         input_names=["images"],
@@ -168,8 +180,9 @@ def onnx_graph(module, size):
 
 
 def embed_command(args):
-    """Write embeddings float32 (N, d) and paths (N,), relative to the folder, of all images that
-    can be read.
+    """Write the embeddings of all images that can be read, and their paths.
+
+    They are float32 (N, d), and (N,) relative to the folder.
     """
     if args.out.suffix != ".npz" or not args.out.parent.is_dir():
         raise UsageError(f"out {args.out} must be a file NAME.npz in a folder that exists")
