@@ -1,5 +1,6 @@
 """Figures of a report, drawn by matplotlib."""
 
+import io
 from contextlib import contextmanager
 
 import numpy as np
@@ -8,9 +9,14 @@ import torch.nn.functional as F
 
 from data import balanced_subset
 from infra.device import generator
+from tools.report.gallery import Picture, data_uri
 
 N_MAP = 1000  # points of the map
-INK = "#010203"  # of text and axes: in the SVG it becomes currentColor, which follows the reader's theme
+FEW_CLASSES = 20  # up to so many classes, a figure has room for all their names
+BLUE = "#2a6ec7"
+# Of text and axes. In the SVG it becomes currentColor, which follows the reader's theme.
+INK = "#010203"
+THEME = "<style>svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}}</style>"
 
 
 @contextmanager
@@ -19,13 +25,13 @@ def drawing(ink=INK):
     import matplotlib
 
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    others = {
+    options = {
         "text.parse_math": False,
         "font.size": 9,
         "legend.frameon": False,
         "svg.hashsalt": "report",
     }
-    with matplotlib.rc_context({**dict.fromkeys(names, ink), **others}):
+    with matplotlib.rc_context({**dict.fromkeys(names, ink), **options}):
         yield
 
 
@@ -40,42 +46,36 @@ def axes(width, height, title=""):
     return figure, ax
 
 
-def map_figure(embeddings, labels, class_names, n=N_MAP):
-    """Draw up to n embeddings (N, d) in two dimensions, coloured by class: t-SNE by cosine, of 50
-    principal components.
-    """
-    from matplotlib import colormaps
-    from sklearn.manifold import TSNE
+def svg(figure, alt, note="", **options):
+    """Return a figure as an SVG Picture in the colours of the reader's theme."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, **options)
+    text = out.getvalue().replace(INK, "currentColor")
+    start = text.index(">", text.index("<svg")) + 1
+    text = text[:start] + THEME + text[start:]
+    return Picture(data_uri(text.encode(), "svg+xml"), alt, note=note)
 
-    some = balanced_subset(labels, len(embeddings), n, generator(0, "map"))
-    x = F.normalize(embeddings[some], dim=1)
-    x = x - x.mean(0)
-    x = x @ torch.linalg.svd(x, full_matrices=False).Vh[:50].T
-    perplexity = min(30, max(1, (len(x) - 1) / 3))
-    init = (
-        "pca" if len(x) > 4 and x.std() > 0 else "random"
-    )  # scikit-learn crashes on equal embeddings, which have no components
-    points = TSNE(perplexity=perplexity, init=init, random_state=0).fit_transform(x.numpy())
+
+def map_figure(embeddings, labels, class_names, n=N_MAP):
+    """Draw up to n embeddings (N, d) in two dimensions, coloured by class.
+
+    labels: int64 (N,), or None if there are no classes.
+    """
+    index = balanced_subset(labels, len(embeddings), n, generator(0, "map"))
+    points = tsne(embeddings[index])  # (n, 2)
+    if labels is None:
+        class_names = [""]
+        labels = torch.zeros(len(embeddings), dtype=torch.int64)
+    C = len(class_names)
+    colours = class_colours(C)
     figure, ax = axes(4.2, 4.2)
     ax.set_axis_off()
-    groups = (
-        [(name, labels[some] == i) for i, name in enumerate(class_names)]
-        if labels is not None
-        else [("", slice(None))]
-    )
-    C = len(groups)
-    palette = (
-        colormaps["tab10"]
-        if C <= 10
-        else colormaps["tab20"]
-        if C <= 20
-        else colormaps["hsv"].resampled(C)
-    )
-    for i, (name, rows) in enumerate(groups):
-        ax.scatter(*points[rows].T, s=5, color=palette(i), label=name, linewidths=0)
-        if C > 20 and len(points[rows]):  # a legend of so many has no room
-            ax.text(*np.median(points[rows], 0), name, fontsize=4, ha="center", va="center")
-    if 1 < C <= 20:
+    for i, name in enumerate(class_names):
+        members = points[labels[index] == i]
+        ax.scatter(*members.T, s=5, color=colours(i), label=name, linewidths=0)
+        if C > FEW_CLASSES and len(members):  # a legend of so many has no room
+            ax.text(*np.median(members, 0), name, fontsize=4, ha="center", va="center")
+    if 1 < C <= FEW_CLASSES:
         ax.legend(
             loc="upper center",
             bbox_to_anchor=(0.5, 0),
@@ -87,23 +87,49 @@ def map_figure(embeddings, labels, class_names, n=N_MAP):
     return figure
 
 
+def tsne(x):
+    """Return the t-SNE map, float32 (n, 2), of x (n, d) by cosine, of 50 principal components."""
+    from sklearn.manifold import TSNE
+
+    x = F.normalize(x, dim=1)
+    x = x - x.mean(0)
+    components = torch.linalg.svd(x, full_matrices=False).Vh[:50]
+    x = x @ components.T
+    perplexity = min(30, max(1, (len(x) - 1) / 3))
+    # scikit-learn crashes on equal embeddings, which have no components.
+    init = "pca" if len(x) > 4 and x.std() > 0 else "random"
+    return TSNE(perplexity=perplexity, init=init, random_state=0).fit_transform(x.numpy())
+
+
+def class_colours(C):
+    """Return a colormap that has a colour for each of C classes."""
+    from matplotlib import colormaps
+
+    if C <= 10:
+        return colormaps["tab10"]
+    if C <= FEW_CLASSES:
+        return colormaps["tab20"]
+    return colormaps["hsv"].resampled(C)
+
+
 def confusion_figure(matrix, class_names):
-    """Draw a confusion matrix (C, C): the more of a row are in a place, the less transparent it is,
-    on light and dark pages.
+    """Draw a confusion matrix (C, C).
+
+    The greater the share of its row, the less transparent a cell is, on light and dark pages.
     """
     C = len(class_names)
-    figure, ax = axes(4.2, 4.2)
     share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     colour = torch.tensor([0.16, 0.43, 0.78]).expand(C, C, 3)
+    figure, ax = axes(4.2, 4.2)
     ax.imshow(torch.cat([colour, share[..., None]], 2).numpy())
     ax.set_xlabel("predicted")
     ax.set_ylabel("true")
-    if C <= 20:
+    if C <= FEW_CLASSES:
         ax.set_xticks(range(C), class_names, rotation=90)
         ax.set_yticks(range(C), class_names)
         for i, j in matrix.nonzero().tolist():
-            ink = {"color": "white"} if share[i, j] > 0.5 else {}
-            ax.text(j, i, int(matrix[i, j]), ha="center", va="center", fontsize=6, **ink)
+            options = {"color": "white"} if share[i, j] > 0.5 else {}
+            ax.text(j, i, int(matrix[i, j]), ha="center", va="center", fontsize=6, **options)
     return figure
 
 
@@ -111,10 +137,27 @@ def classes_figure(accuracies):
     """Draw the accuracy of each class, {class name: percent}, as bars, the best first."""
     names = sorted(accuracies, key=lambda name: -accuracies[name])
     figure, ax = axes(4.2, max(1.2, 0.22 * len(names)))
-    bars = ax.barh(range(len(names)), [accuracies[name] for name in names], color="#2a6ec7")
+    bars = ax.barh(range(len(names)), [accuracies[name] for name in names], color=BLUE)
     ax.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
-    ax.set_yticks(range(len(names)), names, fontsize=8 if len(names) <= 20 else 6)
+    ax.set_yticks(range(len(names)), names, fontsize=8 if len(names) <= FEW_CLASSES else 6)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlim(0, 108)
     ax.set_xlabel("top-1 of a class, %")
+    return figure
+
+
+def curve_figure(x, y, title, x_label):
+    """Draw a curve."""
+    figure, ax = axes(3.4, 2.1, title)
+    ax.plot(x, y, marker="." if len(x) < 30 else None)
+    ax.set_xlabel(x_label)
+    return figure
+
+
+def seconds_figure(seconds):
+    """Draw {stage: seconds} as bars."""
+    figure, ax = axes(3.4, 1.4)
+    ax.barh(list(seconds), list(seconds.values()))
+    ax.invert_yaxis()
+    ax.set_xlabel("seconds")
     return figure

@@ -1,5 +1,6 @@
-"""Pictures of images for a report: neighbours, confusions, clusters, near duplicates, images that
-resemble no other.
+"""Pictures of images for a report.
+
+Neighbours, confusions, clusters, near duplicates, and images that resemble no other.
 """
 
 import base64
@@ -13,7 +14,8 @@ from PIL import Image
 from data import balanced_subset
 from infra.device import generator
 
-MOST = 10_000  # embeddings in which clusters and pairs are looked for; all pairs of so many take seconds
+# Embeddings that an overview searches for clusters and pairs: all pairs of so many take seconds.
+MOST = 10_000
 DUPLICATE = 0.98  # cosine
 
 
@@ -27,15 +29,22 @@ class Picture(NamedTuple):
 
 
 def data_uri(content, kind):
+    """Return bytes as a data: URI of an image. kind: png or svg+xml."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def thumb(pixels, alt, mark="", note=""):
     """Return a small Picture of an image uint8 (3, H, W)."""
-    picture, out = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
-    picture.thumbnail((64, 64))
-    picture.save(out, "PNG")
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+    image.thumbnail((64, 64))
+    out = io.BytesIO()
+    image.save(out, "PNG")
     return Picture(data_uri(out.getvalue(), "png"), alt, mark, note)
+
+
+def image_at(image_set, i):
+    """Return the pixels of image i, an int64 scalar tensor: uint8 (3, H, W)."""
+    return image_set.images[i[None]][0]
 
 
 def name_of(image_set, i):
@@ -44,91 +53,103 @@ def name_of(image_set, i):
 
 
 def confused_pairs(matrix, truth, predicted, class_names, test_set, n_pairs=8, n_examples=6):
-    """Return a dict for each of the pairs of classes that are confused most: its text, and
-    examples, a list of Pictures.
+    """Return a dict for each of the pairs of classes that are confused most: text and examples.
+
+    matrix: the confusion matrix (C, C). truth, predicted: int64 (M,). examples: a list of Pictures,
+    empty if test_set is None.
     """
-    wrong, pairs = matrix.clone().fill_diagonal_(0), []
-    for place in wrong.flatten().argsort(descending=True, stable=True)[:n_pairs].tolist():
-        i, j = divmod(place, len(class_names))
+    wrong = matrix.clone().fill_diagonal_(0)
+    pairs = []
+    for cell in wrong.flatten().argsort(descending=True, stable=True)[:n_pairs].tolist():
+        i, j = divmod(cell, len(class_names))
         if wrong[i, j] == 0:
             break
-        taken = f"{class_names[i]}, taken for {class_names[j]}"
-        rows = ((truth == i) & (predicted == j)).nonzero().flatten()[:n_examples]
-        examples = [thumb(pixels, taken) for pixels in test_set.images[rows]] if test_set else []
-        pairs.append(
-            {"text": f"{taken}: {int(wrong[i, j])} of {int(matrix[i].sum())}", "examples": examples}
-        )
+        text = f"{class_names[i]}, taken for {class_names[j]}"
+        examples = []
+        if test_set:
+            index = ((truth == i) & (predicted == j)).nonzero().flatten()[:n_examples]
+            examples = [thumb(pixels, text) for pixels in test_set.images[index]]
+        counts = f"{int(wrong[i, j])} of {int(matrix[i].sum())}"
+        pairs.append({"text": f"{text}: {counts}", "examples": examples})
     return pairs
 
 
 def neighbours(encoded, image_sets, split, seed, n_queries=10, n_neighbours=8):
-    """Return a dict for each of ten images: query, its class name, and near, the training images
-    that are nearest by cosine.
+    """Return a dict for each of ten images: query, name and neighbours.
+
+    query: its Picture. name: its class name. neighbours: Pictures of the training images that are
+    nearest by cosine. encoded: {split: embeddings and labels}. image_sets: {split: ImageSet}.
     """
-    queries, others = encoded[split]["embeddings"], encoded["train"]["embeddings"]
-    query_set, train_set = image_sets[split], image_sets["train"]
-    rng = generator(seed, "report")
-    chosen = balanced_subset(query_set.labels, len(queries), n_queries, rng)
-    cosine = F.normalize(queries[chosen], dim=1) @ F.normalize(others, dim=1).T  # (n_queries, N)
+    queries = encoded[split]["embeddings"]
+    others = encoded["train"]["embeddings"]
+    query_set = image_sets[split]
+    index = balanced_subset(query_set.labels, len(queries), n_queries, generator(seed, "report"))
+    cosine = F.normalize(queries[index], dim=1) @ F.normalize(others, dim=1).T  # (n_queries, N)
+    n_others = len(others)
     if split == "train":
-        cosine[torch.arange(len(chosen)), chosen] = -2  # an image is no neighbour of itself
-    lines = []
-    for query, row in zip(chosen, cosine, strict=True):
-        nearest = row.topk(min(n_neighbours, len(others) - (split == "train"))).indices
-        truth, near = name_of(query_set, query), []
-        for pixels, i in zip(train_set.images[nearest], nearest, strict=True):
-            name = name_of(train_set, i)
-            mark = "" if truth is None else "right" if name == truth else "wrong"
-            sign = {"right": "✓ ", "wrong": "✗ "}.get(mark, "")
-            near.append(
-                thumb(pixels, f"neighbour: {name or 'no label'}", mark, f"{sign}{row[i]:.2f}")
-            )
-        (pixels,) = query_set.images[query[None]]
-        lines.append(
-            {"query": thumb(pixels, truth or "no label"), "name": truth or "", "near": near}
-        )
-    return lines
+        cosine[torch.arange(len(index)), index] = -2  # an image is no neighbour of itself
+        n_others -= 1
+    top = cosine.topk(min(n_neighbours, n_others))
+    rows = []
+    for i, cosines, nearest in zip(index, top.values, top.indices, strict=True):
+        name = name_of(query_set, i)
+        pictures = [
+            neighbour_thumb(image_sets["train"], j, value, name)
+            for j, value in zip(nearest, cosines.tolist(), strict=True)
+        ]
+        query = thumb(image_at(query_set, i), name or "no label")
+        rows.append({"query": query, "name": name or "", "neighbours": pictures})
+    return rows
+
+
+def neighbour_thumb(train_set, i, cosine, query_name):
+    """Return the Picture of training image i, marked by whether it is of the query's class."""
+    name = name_of(train_set, i)
+    mark = ""
+    note = f"{cosine:.2f}"
+    if query_name is not None:
+        mark = "right" if name == query_name else "wrong"
+        note = f"{'✓' if name == query_name else '✗'} {note}"
+    return thumb(image_at(train_set, i), f"neighbour: {name or 'no label'}", mark, note)
 
 
 def overview(content, image_set, seed):
-    """Return what a report shows of the training images: a dict of n, of_all, clusters, duplicates,
-    n_duplicates and lonely.
+    """Return what a report shows of the training images.
 
-    content: that of artifacts/train.pt. At most MOST images are looked at, a random part of more.
+    A dict: n of n_images were searched, a random part if there are more than MOST; clusters,
+    duplicates, n_duplicates and outliers. content: that of artifacts/train.pt.
     """
-    N = len(content["embeddings"])
+    n_images = len(content["embeddings"])
     rng = generator(seed, "overview")
-    rows = balanced_subset(content.get("labels"), N, MOST, rng)  # int64 (n,)
-    x = F.normalize(content["embeddings"][rows], dim=1)
-    titles = [title_of(content, i) for i in rows.tolist()]
+    index = balanced_subset(content.get("labels"), n_images, MOST, rng)  # int64 (n,)
+    x = F.normalize(content["embeddings"][index], dim=1)
+    titles = [title_of(content, i) for i in index.tolist()]
 
-    def picture(i, note):
-        (pixels,) = image_set.images[rows[i][None]]
-        return thumb(pixels, titles[i], "", note)
+    def thumbs(rows, notes=None):
+        notes = notes or [""] * len(rows)
+        return [
+            thumb(image_at(image_set, index[row]), titles[row], note=note)
+            for row, note in zip(rows, notes, strict=True)
+        ]
 
-    clusters = [
-        {"n": len(members), "examples": [picture(i, "") for i in members[:12]]}
-        for members in clusters_of(x)
-    ]
-    pairs, n_pairs = near_duplicates(x)
+    clusters = [{"n": len(rows), "examples": thumbs(rows[:12])} for rows in clusters_of(x)]
+    pairs, n_duplicates = near_duplicates(x)
     duplicates = [
-        {
-            "cosine": f"{cosine:.3f}",
-            "titles": (titles[i], titles[j]),
-            "examples": [picture(i, ""), picture(j, "")],
-        }
+        {"cosine": f"{cosine:.3f}", "titles": (titles[i], titles[j]), "examples": thumbs((i, j))}
         for cosine, i, j in pairs
     ]
-    cosines = nearest(x)
-    order = cosines.argsort(stable=True)[:12].tolist() if len(x) > 1 else []
-    lonely = [picture(i, f"{cosines[i]:.2f}") for i in order]
+    outliers = []
+    if len(x) > 1:
+        cosine = nearest_cosine(x)
+        rows = cosine.argsort(stable=True)[:12]
+        outliers = thumbs(rows.tolist(), [f"{value:.2f}" for value in cosine[rows].tolist()])
     return {
-        "n": len(rows),
-        "of_all": N,
+        "n": len(index),
+        "n_images": n_images,
         "clusters": clusters,
         "duplicates": duplicates,
-        "n_duplicates": n_pairs,
-        "lonely": lonely,
+        "n_duplicates": n_duplicates,
+        "outliers": outliers,
     }
 
 
@@ -140,27 +161,28 @@ def title_of(content, i):
 
 
 def clusters_of(x, k=10):
-    """Return lists of the rows of x (n, d), unit vectors: at most k clusters by k-means, the
-    largest first; in each, the rows nearest to its centre first.
+    """Return at most k clusters of x (n, d), unit vectors, by k-means: lists of rows.
+
+    The largest cluster comes first; in each, the rows nearest to its centre.
     """
     from sklearn.cluster import KMeans
 
     k = min(k, len(x))
-    means = KMeans(k, n_init=3, random_state=0).fit(x.numpy())
-    label, distance = (
-        torch.from_numpy(means.labels_),
-        torch.from_numpy(means.transform(x.numpy()).min(1)),
-    )
-    members = [(label == i).nonzero().flatten() for i in range(k)]
-    members = [rows[distance[rows].argsort(stable=True)].tolist() for rows in members]
-    return sorted(
-        filter(None, members), key=len, reverse=True
-    )  # of equal rows some clusters are empty
+    kmeans = KMeans(k, n_init=3, random_state=0).fit(x.numpy())
+    labels = torch.from_numpy(kmeans.labels_)
+    distance = torch.from_numpy(kmeans.transform(x.numpy()).min(1))
+    clusters = []
+    for i in range(k):
+        rows = (labels == i).nonzero().flatten()
+        if len(rows):  # of equal rows some clusters are empty
+            clusters.append(rows[distance[rows].argsort(stable=True)].tolist())
+    return sorted(clusters, key=len, reverse=True)
 
 
 def cosine_blocks(x, size=1000):
-    """Yield (first, cosine (m, n)) of blocks of rows of x (n, d), unit vectors; -2 where a row
-    meets itself.
+    """Yield (first, cosine (m, n)) of blocks of rows of x (n, d), unit vectors.
+
+    The cosine of a row with itself is -2.
     """
     for first in range(0, len(x), size):
         cosine = x[first : first + size] @ x.T
@@ -168,27 +190,25 @@ def cosine_blocks(x, size=1000):
         yield first, cosine
 
 
-def nearest(x):
-    """Return the cosine of each row of x (n, d), unit vectors, to the row that is nearest to it:
-    (n,).
-    """
+def nearest_cosine(x):
+    """Return the cosine of each row of x (n, d), unit vectors, with the row nearest to it: (n,)."""
     return torch.cat([cosine.amax(1) for _, cosine in cosine_blocks(x)])
 
 
 def near_duplicates(x, n=12):
-    """Return (pairs, n_pairs) of the rows of x (m, d), unit vectors: the n pairs with the greatest
-    cosine above DUPLICATE, as (cosine, i, j) with i < j, the greatest first, and the number of all
-    of them.
+    """Return (pairs, n_pairs) of the rows of x (m, d), unit vectors.
+
+    pairs: the n pairs with the greatest cosine above DUPLICATE, as (cosine, i, j) with i < j, the
+    greatest first. n_pairs: the number of all pairs above it.
     """
-    pairs, n_pairs = [], 0
+    pairs = []
+    n_pairs = 0
     for first, block in cosine_blocks(x):
         cosine = block.triu(first + 1)  # each pair once: the columns after the row's own
         n_pairs += int((cosine > DUPLICATE).sum())
-        values, places = cosine.flatten().topk(min(n, cosine.numel()))
-        found = zip(values.tolist(), places.tolist(), strict=True)
-        pairs += [
-            (value, first + place // len(x), place % len(x))
-            for value, place in found
-            if value > DUPLICATE
-        ]
+        values, cells = cosine.flatten().topk(min(n, cosine.numel()))
+        for value, cell in zip(values.tolist(), cells.tolist(), strict=True):
+            row, column = divmod(cell, len(x))
+            if value > DUPLICATE:
+                pairs.append((value, first + row, column))
     return sorted(pairs, reverse=True)[:n], n_pairs

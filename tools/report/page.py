@@ -1,13 +1,12 @@
-"""A run as one page: result, curves, patches, a map of the embeddings, confusions, neighbours,
-seconds, settings, environment.
+"""A run as one page: result, curves, pictures, seconds, settings, environment.
 
-This file gathers what the page shows; report.html is its jinja2 template.
+This file collects what the page shows; report.html is its jinja2 template.
 """
 
 import importlib.util
-import io
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +21,19 @@ from infra.errors import RunError, UsageError
 from infra.metrics import read_png
 from tools.compare import FINISHED, NO_PROBE, status
 from tools.report.figures import (
-    INK,
     N_MAP,
-    axes,
     classes_figure,
     confusion_figure,
+    curve_figure,
     drawing,
     map_figure,
+    seconds_figure,
+    svg,
 )
 from tools.report.gallery import Picture, confused_pairs, data_uri, neighbours, overview
 
-THEME = "<style>svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}}</style>"
-CURVES = {  # of metrics.jsonl: title, and what is good
+# Of metrics.jsonl. name: (title, what is good)
+METRIC_CURVES = {
     "loss_sim": ("invariance loss", "lower is better, -1 at best"),
     "loss_uniformity": ("uniformity loss", "lower is better"),
     "grad_norm": ("norm of the gradient", ""),
@@ -45,14 +45,18 @@ CURVES = {  # of metrics.jsonl: title, and what is good
     "uniformity": ("uniformity", "lower is better; near 0: collapsed"),
     "top1": ("linear probe, %", "higher is better"),
 }
+# Entries of a launch that are of no interest to a reader.
+HIDDEN = ("hparams", "result", "metrics", "collapse", "checksum")
 
-UNSHOWN = (
-    "hparams",
-    "result",
-    "metrics",
-    "collapse",
-    "checksum",
-)  # entries of a launch that are of no interest to a reader
+
+class Results(NamedTuple):
+    """What a run has stored. All but the status is empty unless it has finished."""
+
+    status: str
+    result: dict
+    encoded: dict  # {split: what artifacts/<split>.pt holds}
+    probe: dict  # what probe.pt holds
+    lost: list  # names of files that are missing, damaged, or of other weights, images or settings
 
 
 def add_report(commands):
@@ -60,9 +64,8 @@ def add_report(commands):
     parser = commands.add_parser(
         "report",
         help="a run as one page, report.html",
-        description=(
-            "Print the environment of each launch, and write report.html: one page with settings, result, curves and pictures."
-        ),
+        description="Print the environment of each launch, and write report.html: one page with "
+        "settings, result, curves and pictures.",
     )
     parser.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
     parser.set_defaults(command=report_command)
@@ -84,13 +87,25 @@ def report_command(args):
         log.warning(f"no pictures of images: {missing}")
     for launch in run.read_launches():
         for name, value in launch.items():
-            if name not in UNSHOWN:
+            if name not in HIDDEN:
                 log.info(f"{name:16} {value}")
     with drawing():
         text = page(run, image_sets, missing)
     with files.atomic_write(run.report) as file:
         file.write(text.encode())
     log.info(f"* Report: {run.report}, {run.report.stat().st_size / 1e6:.1f} MB")
+
+
+def newest_checkpoint(run):
+    """Return the newest checkpoint, None if there is none that can be read.
+
+    Raises UsageError for one of an earlier version.
+    """
+    try:
+        return run.newest_checkpoint()
+    except RunError as error:
+        log.warning(error)
+        return None
 
 
 def image_sets_of(run):
@@ -108,28 +123,14 @@ def image_sets_of(run):
         return none, str(error)
 
 
-def newest_checkpoint(run):
-    """Return the newest checkpoint, None if there is none that can be read.
-
-    Raises UsageError for one of an earlier version.
-    """
-    try:
-        return run.newest_checkpoint()
-    except RunError as error:
-        log.warning(error)
-        return None
-
-
 def read_results(run):
-    """Return (result, encoded, probe, lost) of a finished run.
-
-    result: that of the last launch. encoded: {split: what artifacts/<split>.pt holds}. probe: what
-    probe.pt holds. lost: the names of files that are missing, damaged, or of other weights, images
-    or settings.
-    """
+    """Return the Results of a run."""
+    state = status(run, run.hp)
+    if state not in (FINISHED, NO_PROBE):
+        return Results(state, {}, {}, {}, [])
     result = run.read_result()
     if run.checkpoint is None:
-        return result, {}, {}, [str(run.last)]
+        return Results(state, result, {}, {}, [str(run.last)])
     encoded = {split: load_if_key(run.artifacts[split], run.key(split)) for split in run.splits}
     lost = [str(run.artifacts[split]) for split in run.splits if not encoded[split]]
     probe = load_if_key(run.probe, run.key("probe")) if result else None
@@ -137,7 +138,7 @@ def read_results(run):
         lost.append(str(run.probe))
     if run.read_launches()[-1]["metrics"] != files.file_checksum(run.metrics):
         lost.append(str(run.metrics))
-    return result, {} if lost else encoded, probe or {}, lost
+    return Results(state, result, {} if lost else encoded, probe or {}, lost)
 
 
 def page(run, image_sets, missing):
@@ -145,137 +146,139 @@ def page(run, image_sets, missing):
 
     image_sets: {split: ImageSet or None}. missing: why there are no images, or "".
     """
-    hp = run.hp
-    launches = run.read_launches()
-    state = status(run, hp)
-    result, encoded, probe, lost = {}, {}, {}, []
-    if state in (FINISHED, NO_PROBE):
-        result, encoded, probe, lost = read_results(run)
-    for path in lost:
-        log.warning(
-            f"{path} is missing, damaged, or of another run: what it holds is left out; resume the run"
-        )
-    seconds = launches[-1].get("seconds", {}) if launches else {}
-    context = {
-        "name": run.dir.resolve().name,
-        "hp": hp,
-        "status": state,
-        "result": result,
-        "missing": missing,
-        "lost": lost,
-        "no_probe": state == NO_PROBE,
-        "accuracies": accuracies(hp, result, image_sets) if result else [],
-        "curves": [svg(*drawn) for drawn in curves(run)] if str(run.metrics) not in lost else [],
-        "patches": patches(run),
-        "seconds": [(stage, f"{taken:.1f}") for stage, taken in seconds.items()],
-        "seconds_figure": bars(seconds),
-        "settings": [
-            {
-                "name": name,
-                "value": yaml_value(getattr(hp, name)),
-                "help": setting.help,
-                "changed": getattr(hp, name) != setting.default,
-            }
-            for name, setting in SETTINGS.items()
-        ],
-        "launches": [launch_rows(launch) for launch in launches],
-        **(of_embeddings(hp, encoded, image_sets, probe) if encoded else {}),
-    }
     import jinja2  # comes with torch
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
-    )
+    results = read_results(run)
+    for path in results.lost:
+        log.warning(
+            f"{path} is missing, damaged, or of another run: what it holds is left out; resume the "
+            f"run"
+        )
+    launches = run.read_launches()
+    context = {
+        "name": run.dir.resolve().name,
+        "hp": run.hp,
+        "missing": missing,
+        "curves": [] if str(run.metrics) in results.lost else metric_curves(run.metrics),
+        "patches": patches_picture(run.patches),
+        "settings": setting_rows(run.hp),
+        "launches": [launch_rows(launch) for launch in launches],
+        **result_context(run.hp, results, image_sets),
+        **seconds_context(launches),
+        **embeddings_context(run.hp, results, image_sets),
+    }
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=folder, autoescape=True)
     return environment.get_template("report.html").render(context)
 
 
-def of_embeddings(hp, encoded, image_sets, probe):
-    """Return what the page shows of the embeddings: signs of collapse and an overview of the
-    training images; map, confusions and neighbours of the test images, if there are any.
-    """
-    split = "test" if "test" in encoded else "train"
-    embeddings, labels = encoded[split]["embeddings"], encoded[split].get("labels")
-    class_names = probe.get("class_names") or (
-        image_sets[split].class_names if image_sets[split] else []
+def metric_curves(path):
+    """Return a Picture of each curve in metrics.jsonl; all have the same size."""
+    rows = files.read_jsonl(path)
+    pictures = []
+    for name, (title, note) in METRIC_CURVES.items():
+        x_name = "probe_epoch" if name == "top1" else "global_step"
+        x_label = "epoch of the probe" if name == "top1" else "step"
+        points = [
+            (row[x_name], row[name])
+            for row in rows
+            if isinstance(row.get(x_name), int) and isinstance(row.get(name), int | float)
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            alt = f"{title}: {y[0]:.4g} at first, {y[-1]:.4g} at last"
+            pictures.append(svg(curve_figure(x, y, title, x_label), alt, note))
+    return pictures
+
+
+def patches_picture(path):
+    """Return patches.png as a Picture, None if it can't be read."""
+    if not read_png(path):
+        return None
+    alt = (
+        "eight training images, a row each: the whole image, then patches of it as the network "
+        "sees them"
     )
-    context = {
-        "class_names": class_names,
-        "collapse": encoded["train"].get("collapse"),
-        "split": split,
-    }
-    if len(embeddings) > 2:
-        figure = map_figure(embeddings, labels if class_names else None, class_names)
-        context["map"] = svg(
-            figure, f"t-SNE map of the embeddings of {split} images", bbox_inches="tight"
-        )
-        context["n_map"] = min(N_MAP, len(embeddings))
-    if probe:
-        predicted = (embeddings @ probe["weight"].T + probe["bias"]).argmax(1)
-        matrix = confusion_matrix(labels, predicted, len(class_names))
-        figure = confusion_figure(matrix, class_names)
-        context["confusion"] = svg(
-            figure, "confusion matrix of the linear probe on the test images"
-        )
-        found = {
-            name: top1
-            for name, top1 in per_class(matrix.tolist(), class_names).items()
-            if top1 is not None
+    return Picture(data_uri(path.read_bytes(), "png"), alt)
+
+
+def setting_rows(hp):
+    """Return name, value, help and changed of each setting, as dicts."""
+    return [
+        {
+            "name": name,
+            "value": yaml_value(getattr(hp, name)),
+            "help": setting.help,
+            "changed": getattr(hp, name) != setting.default,
         }
-        context["classes"] = svg(
-            classes_figure(found),
-            "accuracy of each class, in percent: "
-            + ", ".join(f"{name} {top1:.1f}" for name, top1 in found.items()),
-        )
-        context["pairs"] = confused_pairs(
-            matrix, labels, predicted, class_names, image_sets["test"]
-        )
-    if image_sets[split]:
-        context["neighbours"] = neighbours(encoded, image_sets, split, hp.seed)
-        context["overview"] = overview(encoded["train"], image_sets["train"], hp.seed)
-    return context
+        for name, setting in SETTINGS.items()
+    ]
 
 
-def accuracies(hp, result, image_sets):
-    """Return the rows of the table below the accuracy."""
+def launch_rows(launch):
+    """Return the rows (name, value) of the table of a launch."""
+    rows = []
+    for name, value in launch.items():
+        if name not in (*HIDDEN, "seconds"):
+            rows.append((name, ", ".join(value) if isinstance(value, list) else value))
+    return rows
+
+
+def result_context(hp, results, image_sets):
+    """Return what the top of the page shows."""
+    rows = []
+    if results.result:
+        rows = [
+            *accuracy_rows(results.result),
+            *baseline_rows(hp, image_sets),
+            ("images", f"{results.result['n_train']:,} train, {results.result['n_test']:,} test"),
+        ]
+    return {
+        "status": results.status,
+        "no_probe": results.status == NO_PROBE,
+        "lost": results.lost,
+        "result": results.result,
+        "accuracies": rows,
+    }
+
+
+def accuracy_rows(result):
+    """Return the rows (title, text) of the accuracies beside top-1."""
     from scipy.stats import binomtest  # comes with scikit-learn
 
     n_test = result["n_test"]
-    hits = round(result["top1"] * n_test / 100)
-    interval = binomtest(hits, n_test).proportion_ci(method="wilson")
+    n_right = round(result["top1"] * n_test / 100)
+    interval = binomtest(n_right, n_test).proportion_ci(method="wilson")
+    low_to_high = f"{100 * interval.low:.2f}% to {100 * interval.high:.2f}%"
+    best_epoch = f"best epoch ({result['best_epoch']}), chosen on the test images"
     rows = [
-        (
-            "95% interval, by the number of test images",
-            f"{100 * interval.low:.2f}% to {100 * interval.high:.2f}%",
-        ),
+        ("95% interval, by the number of test images", low_to_high),
         ("top-5", f"{result['top5']:.2f}%"),
         ("of the training images themselves", f"{result['train_top1']:.2f}%"),
-        (
-            f"best epoch ({result['best_epoch']}), chosen on the test images",
-            f"{result['best_top1']:.2f}%",
-        ),
+        (best_epoch, f"{result['best_top1']:.2f}%"),
     ]
-    rows += [(f"{title}, top-1", f"{result[name]:.2f}%") for name, (title, _) in METRICS.items()]
+    for name, (title, _) in METRICS.items():
+        rows.append((f"{title}, top-1", f"{result[name]:.2f}%"))
+    return rows
+
+
+def baseline_rows(hp, image_sets):
+    """Return the rows (title, text) of what the accuracy compares with."""
+    rows = []
     if all(image_sets.values()):
-        test = image_sets["test"]
-        chance = 100 * test.labels.bincount().max().item() / len(test.labels)
-        top1, n, size = raw_pixels(image_sets, hp.seed)
-        rows += [
-            ("always the largest class", f"{chance:.2f}%"),
-            (
-                f"a linear layer on the pixels ({size} x {size}) of {n:,} training images",
-                f"{top1:.2f}%",
-            ),
-        ]
-    rows.append(
-        ("an untrained encoder", "the command below with --n_epochs 0 and another --exp_name")
-    )
-    return [*rows, ("images", f"{result['n_train']:,} train, {result['n_test']:,} test")]
+        labels = image_sets["test"].labels
+        chance = 100 * labels.bincount().max().item() / len(labels)
+        top1, n, size = pixel_probe(image_sets, hp.seed)
+        title = f"a linear layer on the pixels ({size} x {size}) of {n:,} training images"
+        rows = [("always the largest class", f"{chance:.2f}%"), (title, f"{top1:.2f}%")]
+    command = "the command below with --n_epochs 0 and another --exp_name"
+    return [*rows, ("an untrained encoder", command)]
 
 
-def raw_pixels(image_sets, seed, n=5000):
-    """Return the top-1, in percent, of a linear layer on the pixels of n training images.
+def pixel_probe(image_sets, seed, n=5000):
+    """Return (top-1 in percent, number of training images, side in pixels) of a linear probe.
 
-    Return (top-1, number of training images, at most n, pixels of a side).
+    It is fitted to the pixels of at most n training images.
     """
     x, y = pixels_of(image_sets["train"], n, seed)
     x_test, y_test = pixels_of(image_sets["test"], 2 * n, seed)
@@ -294,66 +297,70 @@ def pixels_of(image_set, n, seed):
     return x.flatten(1) / 127.5 - 1, labels
 
 
-def launch_rows(launch):
-    shown = {name: value for name, value in launch.items() if name not in (*UNSHOWN, "seconds")}
-    return [
-        (name, ", ".join(value) if isinstance(value, list) else value)
-        for name, value in shown.items()
-    ]
-
-
-def svg(figure, alt, note="", **options):
-    """Return a figure as an SVG Picture in the colours of the reader's theme."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, **options)
-    text = out.getvalue().replace(INK, "currentColor")
-    start = text.index(">", text.index("<svg")) + 1
-    return Picture(
-        data_uri((text[:start] + THEME + text[start:]).encode(), "svg+xml"), alt, note=note
-    )
-
-
-def patches(run):
-    if not read_png(run.patches):
-        return None
-    alt = "eight training images, a row each: the whole image, then patches of it as the network sees them"
-    return Picture(data_uri(run.patches.read_bytes(), "png"), alt)
-
-
-def curves(run):
-    """Return (figure, its alternative text, what is good) of each curve in metrics.jsonl; all have
-    the same size.
-    """
-    rows, drawn = files.read_jsonl(run.metrics), []
-    for name, (title, good) in CURVES.items():
-        x, x_label = (
-            ("probe_epoch", "epoch of the probe") if name == "top1" else ("global_step", "step")
-        )
-        points = [
-            (row[x], row[name])
-            for row in rows
-            if isinstance(row.get(name), (int, float)) and isinstance(row.get(x), int)
-        ]
-        if points:
-            figure, ax = axes(3.4, 2.1, title)
-            ax.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
-            ax.set_xlabel(x_label)
-            drawn.append(
-                (figure, f"{title}: {points[0][1]:.4g} at first, {points[-1][1]:.4g} at last", good)
-            )
-    return drawn
-
-
-def bars(seconds):
-    """Return a bar chart of the seconds per stage, None if there are none."""
+def seconds_context(launches):
+    """Return what the page shows of the seconds per stage, nothing if the run has not finished."""
+    seconds = launches[-1].get("seconds") if launches else None
     if not seconds:
-        return None
-    figure, ax = axes(3.4, 1.4)
-    ax.barh(list(seconds), list(seconds.values()))
-    ax.invert_yaxis()
-    ax.set_xlabel("seconds")
-    return svg(
-        figure,
-        "seconds per stage: "
-        + ", ".join(f"{stage} {taken:.1f}" for stage, taken in seconds.items()),
-    )
+        return {}
+    rows = [(stage, f"{value:.1f}") for stage, value in seconds.items()]
+    alt = "seconds per stage: " + ", ".join(" ".join(row) for row in rows)
+    return {"seconds": rows, "seconds_figure": svg(seconds_figure(seconds), alt)}
+
+
+def embeddings_context(hp, results, image_sets):
+    """Return what the page shows of the embeddings, nothing if there are none.
+
+    They are those of the test images, or of the training images if there are no others.
+    """
+    encoded = results.encoded
+    if not encoded:
+        return {}
+    split = "test" if "test" in encoded else "train"
+    class_names = []
+    if results.probe:
+        class_names = results.probe["class_names"]
+    elif image_sets[split]:
+        class_names = image_sets[split].class_names
+    context = {
+        "split": split,
+        "class_names": class_names,
+        "collapse": encoded["train"].get("collapse"),
+        **map_context(encoded[split], class_names, split),
+    }
+    if results.probe:
+        context |= confusion_context(encoded[split], results.probe, image_sets[split])
+    if image_sets[split]:
+        context["neighbours"] = neighbours(encoded, image_sets, split, hp.seed)
+        context["overview"] = overview(encoded["train"], image_sets["train"], hp.seed)
+    return context
+
+
+def map_context(content, class_names, split):
+    """Return the map of the embeddings of a split, nothing if there are fewer than three."""
+    embeddings = content["embeddings"]
+    if len(embeddings) < 3:
+        return {}
+    labels = content["labels"] if class_names else None
+    figure = map_figure(embeddings, labels, class_names)
+    alt = f"t-SNE map of the embeddings of {split} images"
+    return {"map": svg(figure, alt, bbox_inches="tight"), "n_map": min(N_MAP, len(embeddings))}
+
+
+def confusion_context(content, probe, test_set):
+    """Return what the page shows of the predictions of the linear probe.
+
+    content: that of artifacts/test.pt. test_set: an ImageSet, or None.
+    """
+    labels = content["labels"]
+    class_names = probe["class_names"]
+    predicted = (content["embeddings"] @ probe["weight"].T + probe["bias"]).argmax(1)  # (M,)
+    matrix = confusion_matrix(labels, predicted, len(class_names))
+    accuracies = per_class(matrix.tolist(), class_names)
+    accuracies = {name: top1 for name, top1 in accuracies.items() if top1 is not None}
+    text = ", ".join(f"{name} {top1:.1f}" for name, top1 in accuracies.items())
+    figure = confusion_figure(matrix, class_names)
+    return {
+        "confusion": svg(figure, "confusion matrix of the linear probe on the test images"),
+        "classes": svg(classes_figure(accuracies), f"accuracy of each class, in percent: {text}"),
+        "pairs": confused_pairs(matrix, labels, predicted, class_names, test_set),
+    }

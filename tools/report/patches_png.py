@@ -15,9 +15,9 @@ HEADER = 16  # pixels above the rows
 
 @distributed.on_main_process
 def draw_patches(hp, image_set, path):
-    """Write a picture unless it exists: rows of an image and up to 20 of its patches.
+    """Write the picture, unless it exists: eight images of all classes, a row each.
 
-    The rows are eight images of all classes.
+    A row is the image and up to 20 of its patches.
     """
     if read_png(path):
         return
@@ -28,8 +28,8 @@ def draw_patches(hp, image_set, path):
     x = sample_patches(images, n, rng, size, augment=hp.augment)  # (P, B, 3, size, size)
     x = (x.transpose(0, 1).flatten(0, 1) + 1) / 2  # (B P, 3, size, size) in [0, 1]
     whole = F.interpolate(images.float() / 255, (size, size), mode="bilinear", antialias=True)
-    left = as_picture(whole, 1)
-    right = as_picture(x, n)
+    left = grid_image(whole, 1)
+    right = grid_image(x, n)
     start = left.width + left.width // 3  # of the patches
     picture = Image.new("RGB", (start + right.width, left.height + HEADER), "white")
     draw = ImageDraw.Draw(picture)
@@ -41,8 +41,9 @@ def draw_patches(hp, image_set, path):
         picture.save(file, "PNG")
 
 
-def as_picture(x, n_columns):
+def grid_image(x, n_columns):
     """Return x (n, 3, H, W) in [0, 1] as a grid of twice the size, a PIL image."""
     grid = torchvision.utils.make_grid(x, nrow=n_columns, pad_value=1.0)  # (3, height, width)
-    picture = Image.fromarray(grid.mul(255).round().byte().permute(1, 2, 0).numpy())
-    return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
+    pixels = grid.mul(255).round().byte().permute(1, 2, 0)  # (height, width, 3)
+    image = Image.fromarray(pixels.numpy())
+    return image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST)
