@@ -13,16 +13,16 @@ from infra import files
 from infra.console import log
 from infra.errors import UsageError
 
-ACCURACIES, SIGNS = ("top1", "top5", *METRICS), ("rank", "alignment", "uniformity")
-RESULTS = (*ACCURACIES, *SIGNS, "seconds", "device", "status")
-FINISHED, NO_PROBE = "finished", "finished, no probe"  # states of a run whose results count
+ACCURACIES = ("top1", "top5", *METRICS)
+COLLAPSE = ("rank", "alignment", "uniformity")  # as in evaluate.collapse_metrics
+RESULT_COLUMNS = (*ACCURACIES, *COLLAPSE, "seconds", "device", "status")
+# The status of a run whose results count.
+FINISHED = "finished"
+NO_PROBE = "finished, no probe"
+# The settings that change a result.
 COMPARED = [name for name, setting in SETTINGS.items() if setting.stage != "none"]
-SHOWN = {
-    "top1": 2,
-    "knn_top1": 2,
-    "rank": 1,
-    "seconds": 0,
-}  # columns for people, and their digits after the point
+# Columns of the table for people, and their digits after the point.
+DIGITS = {"top1": 2, "knn_top1": 2, "rank": 1, "seconds": 0}
 
 
 def add_compare(commands):
@@ -30,10 +30,9 @@ def add_compare(commands):
     parser = commands.add_parser(
         "compare",
         help="the experiments of a folder as a table",
-        description=(
-            "The experiments of a folder as a table: accuracies in percent, effective rank, seconds, changed settings, and what is "
-            "not finished. Runs that differ in their seed alone are one line: their mean, and the range of top-1."
-        ),
+        description="The experiments of a folder as a table: accuracies in percent, effective "
+        "rank, seconds, changed settings, and what is not finished. Runs that differ in their seed "
+        "alone are one line: their mean, and the range of top-1.",
     )
     parser.add_argument(
         "log_folder",
@@ -56,47 +55,40 @@ def add_compare(commands):
 
 def compare_command(args):
     """Print the table."""
-    columns, rows = table(args.log_folder, args.sort)
-    log.info(
-        as_csv(columns, rows)
-        if args.csv
-        else as_text(columns, rows, shutil.get_terminal_size().columns)
-    )
+    columns, rows = run_table(args.log_folder, args.sort)
+    if args.csv:
+        log.info(as_csv(columns, rows))
+    else:
+        log.info(as_text(columns, rows, shutil.get_terminal_size().columns))
 
 
-def table(log_folder, sort=None):
-    """Return (columns, rows). The columns are the name, the settings that differ, and RESULTS. A
-    row is a dict.
+def run_table(log_folder, sort=None):
+    """Return (columns, rows), a row being a dict.
 
-    sort: a column; accuracies descending, others ascending, unknown values last. Default: by name.
-    Raises UsageError if there is no experiment, or no such column.
+    The columns are the name, the settings that differ, and RESULT_COLUMNS. sort: a column;
+    accuracies descending, others ascending, unknown values last. Default: by name. Raises
+    UsageError if there is no experiment, or no such column.
     """
     folder = Path(log_folder)
     runs = run_folders(folder.glob("*")) or run_folders(folder.glob("*/*"))
     if not runs:
         raise UsageError(f"{log_folder} has no run folders: name the folder that they are in")
-    read = {str(run.dir.relative_to(folder)): read_or_broken(run) for run in runs}
-    known = [hp for hp, _ in read.values() if hp]
-    differing = [name for name in COMPARED if len({str(getattr(hp, name)) for hp in known}) > 1]
-    columns, rows = ["experiment", *differing, *RESULTS], []
-    for name, (hp, results) in read.items():
-        settings = {key: getattr(hp, key) for key in differing} if hp else {}
-        rows.append({"experiment": name, **settings, **results})
+    contents = {str(run.dir.relative_to(folder)): read_or_broken(run) for run in runs}
+    hparams = [hp for hp, _ in contents.values() if hp]
+    differing = [name for name in COMPARED if len({str(getattr(hp, name)) for hp in hparams}) > 1]
+    columns = ["experiment", *differing, *RESULT_COLUMNS]
     if sort and sort not in columns:
         raise UsageError(f"sort {sort}: no such column; choose from {', '.join(columns)}")
+    rows = []
+    for name, (hp, results) in contents.items():
+        settings = {key: getattr(hp, key) for key in differing} if hp else {}
+        rows.append({"experiment": name, **settings, **results})
     return columns, sorted_by(sort, rows) if sort else rows
 
 
 def run_folders(paths):
+    """Return the Runs of those paths that are run folders, sorted."""
     return [run for run in map(Run, sorted(paths)) if is_run_folder(run)]
-
-
-def sorted_by(column, rows):
-    known = [row for row in rows if row.get(column) is not None]
-    known.sort(
-        key=lambda row: (isinstance(row[column], str), row[column]), reverse=column in ACCURACIES
-    )
-    return known + [row for row in rows if row.get(column) is None]
 
 
 def is_run_folder(run):
@@ -104,22 +96,35 @@ def is_run_folder(run):
     return any(path.exists() for path in (run.hparams_yaml, run.checkpoints, run.launches))
 
 
+def sorted_by(column, rows):
+    """Return the rows sorted by a column: numbers before text, rows without a value last."""
+    known = [row for row in rows if row.get(column) is not None]
+    unknown = [row for row in rows if row.get(column) is None]
+    known.sort(
+        key=lambda row: (isinstance(row[column], str), row[column]), reverse=column in ACCURACIES
+    )
+    return known + unknown
+
+
 def read_or_broken(run):
-    """Return what read_run returns, or None and a status that says why the folder can't be read."""
+    """Return what read_results_of returns, or None and a status that says why it can't."""
     try:
-        return read_run(run)
-    except Exception as error:  # whatever lies in one folder, the others are shown
+        return read_results_of(run)
+    except Exception as error:  # whatever is in one folder, the others are shown
         return None, {"status": f"broken: {' '.join(str(error).split())[:200]}"}
 
 
-def read_run(run):
-    """Return (Hparams, a dict of the RESULTS that are known). It reads small files only."""
-    hp, launches = run.read_hparams(), run.read_launches()
+def read_results_of(run):
+    """Return (Hparams, a dict of the RESULT_COLUMNS that are known). It reads small files only."""
+    hp = run.read_hparams()
+    launches = run.read_launches()
     trained = [launch for launch in launches if "training" in launch.get("stages", ())]
     results = {"device": trained[-1].get("device") if trained else None, "status": status(run, hp)}
     if results["status"] in (FINISHED, NO_PROBE):
-        found = {**launches[-1].get("collapse", {}), **run.read_result()}
-        results |= {name: value for name, value in found.items() if name in (*ACCURACIES, *SIGNS)}
+        measured = {**launches[-1].get("collapse", {}), **run.read_result()}
+        for name in (*ACCURACIES, *COLLAPSE):
+            if name in measured:
+                results[name] = measured[name]
         results["seconds"] = round(sum(launches[-1]["seconds"].values()), 1)
     return hp, results
 
@@ -130,73 +135,81 @@ def status(run, hp):
     Its results count only if they are those of its hparams.yaml as it is now.
     """
     if run.in_use():
-        return f"running, {progress(run)}"
+        return f"running, {last_step(run)}"
     launches = run.read_launches()
-    if not launches or launches[-1].get("outcome") != "finished":
-        outcome = launches[-1].get("outcome") if launches else None  # None: killed
-        return f"unfinished: {outcome.split(';')[0]}" if outcome else f"unfinished, {progress(run)}"
+    outcome = launches[-1].get("outcome") if launches else None
+    if not outcome:  # killed
+        return f"unfinished, {last_step(run)}"
+    if outcome != "finished":
+        return f"unfinished: {outcome.split(';')[0]}"
     finished_with = launches[-1].get("hparams", {})
     edited = [name for name in COMPARED if finished_with.get(name) != getattr(hp, name)]
     if edited:
         return f"edited since it finished ({', '.join(edited)}): resume it"
     if launches[-1]["result"] is None:
         return NO_PROBE
-    return (
-        FINISHED
-        if run.read_result()
-        else f"finished, but its {run.result.name} is missing or damaged: resume it"
-    )
+    if not run.read_result():
+        return f"finished, but its {run.result.name} is missing or damaged: resume it"
+    return FINISHED
 
 
-def progress(run):
+def last_step(run):
+    """Return the last step in metrics.jsonl as a text."""
     lines = [line for line in files.read_jsonl(run.metrics) if "epoch" in line and "step" in line]
     return f"epoch {lines[-1]['epoch']} step {lines[-1]['step']}" if lines else "no step yet"
+
+
+def as_csv(columns, rows):
+    """Return the table as comma-separated values."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().rstrip("\n")
 
 
 def as_text(columns, rows, width=80):
     """Return the table for people, as wide as a terminal.
 
-    Finished runs that differ in their seed alone share a line.
+    Finished runs that differ in their seed alone share a line. The last column is wrapped, and
+    columns without any value are left out.
     """
-    settings = [name for name in columns if name not in ("experiment", *RESULTS)]
-    lines = [["experiment", "runs", *SHOWN, "changed settings"]]
+    settings = [name for name in columns if name not in ("experiment", *RESULT_COLUMNS)]
+    lines = [["experiment", "runs", *DIGITS, "changed settings"]]
     for group in grouped(rows, settings):
-        lines.append([short(group[0]["experiment"]), *cells(group), told(group, settings)])
-    shown = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
-    lines = [[line[i] for i in shown] for line in lines]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(shown) - 1)]
+        name = display_name(group[0]["experiment"])
+        lines.append([name, str(len(group)), *means(group), changes(group, settings)])
+    *columns, last = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
     text = []
-    for line in lines:
-        start = "".join(cell.ljust(n + 2) for cell, n in zip(line, widths, strict=False))
-        text += textwrap.wrap(
-            line[-1],
+    for *cells, end in zip(*columns, last, strict=True):
+        start = "".join(cell.ljust(n + 2) for cell, n in zip(cells, widths, strict=True))
+        wrapped = textwrap.wrap(
+            end,
             max(width, len(start) + 20),
             initial_indent=start,
             subsequent_indent=" " * len(start),
             break_on_hyphens=False,
-        ) or [start.rstrip()]
+        )
+        text += wrapped or [start.rstrip()]
     return "\n".join(text)
 
 
 def grouped(rows, settings):
-    """Return lists of rows: finished ones with the same settings but for the seed, and each other
-    one alone.
-    """
+    """Return lists of rows: those that share a line of the table for people."""
     groups = {}
     for i, row in enumerate(rows):
-        same = [str(row.get(name)) for name in settings if name != "seed"]
-        groups.setdefault(tuple(same) if row["status"] in (FINISHED, NO_PROBE) else i, []).append(
-            row
-        )
+        key = i
+        if row["status"] in (FINISHED, NO_PROBE):
+            key = tuple(str(row.get(name)) for name in settings if name != "seed")
+        groups.setdefault(key, []).append(row)
     return list(groups.values())
 
 
-def cells(group):
-    """Return the text of each column of SHOWN for runs that share a line: the means, and the range
-    of top-1.
-    """
-    texts = [str(len(group))]
-    for name, digits in SHOWN.items():
+def means(group):
+    """Return the text of each column of DIGITS: the means of some rows, and the range of top-1."""
+    texts = []
+    for name, digits in DIGITS.items():
         values = [row[name] for row in group if row.get(name) is not None]
         text = f"{sum(values) / len(values):.{digits}f}" if values else ""
         if name == "top1" and len(values) > 1:
@@ -205,30 +218,23 @@ def cells(group):
     return texts
 
 
-def told(group, settings):
-    """Return, as a text, the settings in which runs differ and that are not the default, and the
-    status if it is not finished.
+def changes(group, settings):
+    """Return a text with the settings of a group that are not the default, and its status.
+
+    A status of finished is left out, and so is the seed if it is not that of all rows.
     """
     row = group[0]
-    parts = [
-        f"{name}={row[name]}"
-        for name in settings
-        if name in row
-        and row[name] != SETTINGS[name].default
-        and (name != "seed" or len(group) == 1)
-    ]
-    return " ".join(parts + ([] if row["status"] == FINISHED else [f"({row['status']})"]))
+    texts = []
+    for name in settings:
+        is_shared = name != "seed" or len(group) == 1
+        if name in row and row[name] != SETTINGS[name].default and is_shared:
+            texts.append(f"{name}={row[name]}")
+    if row["status"] != FINISHED:
+        texts.append(f"({row['status']})")
+    return " ".join(texts)
 
 
-def short(name, width=30):
+def display_name(name, width=30):
     """Return the name of a run folder without the settings in it."""
     name = name.partition("__numpatch")[0]
     return name if len(name) <= width else name[: width - 3] + "..."
-
-
-def as_csv(columns, rows):
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue().rstrip("\n")

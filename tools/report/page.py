@@ -49,7 +49,7 @@ METRIC_CURVES = {
 HIDDEN = ("hparams", "result", "metrics", "collapse", "checksum")
 
 
-class Results(NamedTuple):
+class RunResults(NamedTuple):
     """What a run has stored. All but the status is empty unless it has finished."""
 
     status: str
@@ -124,13 +124,13 @@ def image_sets_of(run):
 
 
 def read_results(run):
-    """Return the Results of a run."""
+    """Return the RunResults of a run."""
     state = status(run, run.hp)
     if state not in (FINISHED, NO_PROBE):
-        return Results(state, {}, {}, {}, [])
+        return RunResults(state, {}, {}, {}, [])
     result = run.read_result()
     if run.checkpoint is None:
-        return Results(state, result, {}, {}, [str(run.last)])
+        return RunResults(state, result, {}, {}, [str(run.last)])
     encoded = {split: load_if_key(run.artifacts[split], run.key(split)) for split in run.splits}
     lost = [str(run.artifacts[split]) for split in run.splits if not encoded[split]]
     probe = load_if_key(run.probe, run.key("probe")) if result else None
@@ -138,7 +138,7 @@ def read_results(run):
         lost.append(str(run.probe))
     if run.read_launches()[-1]["metrics"] != files.file_checksum(run.metrics):
         lost.append(str(run.metrics))
-    return Results(state, result, {} if lost else encoded, probe or {}, lost)
+    return RunResults(state, result, {} if lost else encoded, probe or {}, lost)
 
 
 def page(run, image_sets, missing):
