@@ -12,9 +12,8 @@ def add_cleanup(commands):
     parser = commands.add_parser(
         "cleanup",
         help="remove old checkpoints",
-        description=(
-            "Remove the older epoch checkpoints of every experiment in a folder; the newest always stays."
-        ),
+        description="Remove the older epoch checkpoints of every experiment in a folder; the "
+        "newest always stays.",
     )
     parser.add_argument(
         "--log_folder",
@@ -39,9 +38,8 @@ def cleanup_command(args):
         raise UsageError(f"keep must be at least 1, not {args.keep}")
     if not args.log_folder.is_dir():
         raise UsageError(f"log_folder {args.log_folder} is not a folder")
-    runs = [
-        run for run in map(Run, sorted(args.log_folder.iterdir())) if run.hparams_yaml.is_file()
-    ]
+    runs = [Run(path) for path in sorted(args.log_folder.iterdir())]
+    runs = [run for run in runs if run.hparams_yaml.is_file()]
     old = [path for run in runs for path in old_checkpoints(run, args.keep)]
     size = sum(path.stat().st_size for path in old)
     for path in old:
@@ -58,21 +56,23 @@ def cleanup_command(args):
 def old_checkpoints(run, keep):
     """Return the epoch checkpoints that are older than the newest `keep` whole ones, in order.
 
-    Damaged ones do not count.
+    Damaged ones do not count, and stay.
     """
-    paths, n_whole = run.epoch_checkpoints(), 0
+    paths = run.epoch_checkpoints()
+    n_whole = 0
     while paths and n_whole < keep:
         path = paths.pop()
         try:
             load_checkpoint(path)
-            n_whole += 1
         except (RunError, UsageError) as error:
             log.warning(f"{error}: it stays, and so does an older one")
+        else:
+            n_whole += 1
     return paths
 
 
 def confirmed(question):
-    """Ask; the end of the input counts as no."""
+    """Whether a question is answered with yes; the end of the input counts as no."""
     try:
         return input(question).strip().lower() in ("y", "yes")
     except EOFError:

@@ -28,7 +28,7 @@ from patches import sample_patches, sample_views
 from tools.probe import FRACTION, few_labels, fit_few, load_embeddings
 from weights import build_encoder, new_encoder
 
-# Of the parts of a result.
+# Of the parts of a result, in the order of the report.
 TITLES = {"finetuned": "fine-tuned", "probe": "linear probe", "from_scratch": "from scratch"}
 OPTIONS = ("label_fraction", "n_epochs", "lr", "bs", "weight_decay", "seed")
 
@@ -37,7 +37,7 @@ class Trial(NamedTuple):
     """One fine-tuning of a run."""
 
     run: Run
-    hp: Hparams  # those of the run, with the options of the fine-tuning in place of the training's
+    hp: Hparams  # those of the run, but the options of training are those of the fine-tuning
     label_fraction: float
     folder: Path
     key: dict  # what the trained weights and their accuracies depend on
@@ -107,7 +107,7 @@ def add_finetune(commands):
 
 
 def finetune_command(args):
-    """Write the result into a folder of the run's finetune/, unless it is there, and print it."""
+    """Print the result, and write it into a folder of the run's finetune/ unless it is there."""
     if distributed.WORLD_SIZE > 1:
         raise UsageError("finetune runs in one process: start it without torchrun")
     run = Run(args.exp_dir)
@@ -170,7 +170,7 @@ def compare_starts(trial, starts, encoded):
 def probe_few(trial, encoded, index):
     """Return the accuracies of the linear probe on the embeddings of the labelled images."""
     log_stage(f"Fitting a linear classifier to {len(index)} labels")
-    # A pass over few labels is few steps: take as many passes as fine-tuning.
+    # An epoch of few labels is few steps: use at least as many epochs as fine-tuning.
     n_epochs = max(trial.hp.n_eval_epochs, int(trial.hp.n_epochs))
     result = fit_few(trial.run, encoded, index, n_epochs)
     return {name: result[name] for name in ("top1", "top5", "train_top1", "lr", "held_out")}

@@ -12,8 +12,8 @@ from infra.errors import RunError, UsageError
 
 FRACTION = Setting("label_fraction", float, low=0, above=True, high=1)
 FRACTIONS = (0.01, 0.1, 1.0)
-N_CHOICES = 3  # of the images, where the fraction is below 1
-N_EPOCHS = 100  # at least; of few images they are few steps
+N_CHOICES = 3  # of images, for a fraction below 1
+N_EPOCHS = 100  # at least, for a fraction below 1: an epoch of few images is few steps
 
 
 def add_probe(commands):
@@ -55,9 +55,10 @@ def probe_command(args):
             few_labels(labels, fraction, n_classes, run.hp.seed + i) for i in range(n_choices)
         ]
         top1 = [fit_few(run, encoded, index, n_epochs)["top1"] for index in choices]
-        mean = sum(top1) / n_choices
-        spread = f"  {min(top1):.2f} to {max(top1):.2f}, by the choice of images"
-        log.info(f"{len(choices[0]):7,} labels  top-1 {mean:.2f}%{spread if n_choices > 1 else ''}")
+        text = f"{len(choices[0]):7,} labels  top-1 {sum(top1) / n_choices:.2f}%"
+        if n_choices > 1:
+            text += f"  {min(top1):.2f} to {max(top1):.2f}, by the choice of images"
+        log.info(text)
     log.info(f"linear probe, last epoch, {len(encoded['test']['labels']):,} test images")
 
 
@@ -76,7 +77,10 @@ def load_embeddings(run):
 
 
 def few_labels(labels, fraction, n_classes, seed):
-    """Return the indices, int64 (n,), of a random, class-balanced fraction of labels (N,)."""
+    """Return the indices, int64 (n,), of a random, class-balanced fraction of labels (N,).
+
+    Raises UsageError if they are fewer than the classes.
+    """
     n = round(fraction * len(labels))
     if n < n_classes:
         raise UsageError(
@@ -89,7 +93,7 @@ def few_labels(labels, fraction, n_classes, seed):
 def fit_few(run, encoded, index, n_epochs):
     """Fit the linear probe of a run to the training images of an index, int64 (n,).
 
-    Return the result of evaluate.linear_probe.
+    Return the result of evaluate.linear_probe. Raises RunError if a weight is not finite.
     """
     hp = run.hp
     x, y, x_test, y_test = tensors_of(encoded, run.device)

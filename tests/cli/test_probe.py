@@ -10,11 +10,11 @@ from infra import files
 
 
 def lines(exp_dir, *fractions):
-    """{number of labels: (mean top-1, the rest of its line)} of the command."""
+    """Return {number of labels: (mean top-1, the rest of its line)} of the command."""
     result = run("probe", "--exp_dir", exp_dir, "--device", "cpu", "--label_fractions", *fractions)
     assert result.code == 0, result.err
-    found = re.findall(r"^ *([\d,]+) labels  top-1 ([\d.]+)%(.*)$", result.out, re.M)
-    return {int(n): (float(top1), rest) for n, top1, rest in found}
+    matches = re.findall(r"^ *([\d,]+) labels  top-1 ([\d.]+)%(.*)$", result.out, re.M)
+    return {int(n): (float(top1), rest) for n, top1, rest in matches}
 
 
 def test_all_labels_give_the_accuracy_of_the_run_and_nothing_is_written(finished):
@@ -22,10 +22,8 @@ def test_all_labels_give_the_accuracy_of_the_run_and_nothing_is_written(finished
     result = files.read_json(finished / "linear_accuracy.json")
     assert lines(finished, 1.0) == {24: (result["top1"], "")}
     assert lines(finished, 0.25, 0.5).keys() == {6, 12}
-    assert re.findall(r"(\d+) labels", run("probe", "--exp_dir", finished).out) == [
-        "2",
-        "24",
-    ]  # 1% are none
+    default = run("probe", "--exp_dir", finished).out
+    assert re.findall(r"(\d+) labels", default) == ["2", "24"]  # 1% are none
     assert fingerprints(finished) == before
 
 
@@ -40,30 +38,22 @@ def test_few_labels_are_those_of_each_class_and_the_layer_sees_no_others(copy):
         noise = torch.randn(n, 8, generator=torch.manual_seed(n))
         content["embeddings"] = noise + 4 * nn.functional.one_hot(content["labels"], 8)
         files.write_pt(path, content)
-    (found,) = lines(copy, 0.25).values()
-    assert re.fullmatch(r"  [\d.]+ to [\d.]+, by the choice of images", found[1])
-    low, high = map(float, re.findall(r"[\d.]+", found[1]))
-    assert low <= found[0] <= high and found[0] > 60
+    ((top1, rest),) = lines(copy, 0.25).values()
+    low, high = re.fullmatch(r"  ([\d.]+) to ([\d.]+), by the choice of images", rest).groups()
+    assert float(low) <= top1 <= float(high)
+    assert top1 > 60
     content = files.read_pt(copy / "artifacts" / "train.pt")
     files.write_pt(copy / "artifacts" / "train.pt", {**content, "labels": 1 - content["labels"]})
-    (wrong,) = lines(copy, 0.25).values()
-    assert wrong[0] < 40
+    ((top1, _),) = lines(copy, 0.25).values()
+    assert top1 < 40
 
 
 def test_wrong_use(copy, tmp_path):
-    for argv, words in (
-        (["--exp_dir", tmp_path], "not a run folder"),
-        (
-            ["--exp_dir", copy, "--label_fractions", "0.01"],
-            "label_fraction 0.01 of 24 images is 0, fewer than the 2 classes",
-        ),
-        (
-            ["--exp_dir", copy, "--label_fractions", "2"],
-            "label_fractions: must be a number above 0 to 1",
-        ),
-    ):
-        refused(run("probe", *argv), 2, words)
+    refused(run("probe", "--exp_dir", tmp_path), 2, "not a run folder")
+    few = run("probe", "--exp_dir", copy, "--label_fractions", "0.01")
+    refused(few, 2, "label_fraction 0.01 of 24 images is 0, fewer than the 2 classes")
+    many = run("probe", "--exp_dir", copy, "--label_fractions", "2")
+    refused(many, 2, "label_fractions: must be a number above 0 to 1")
     edit(copy, emb_pool="proj")
-    refused(
-        run("probe", "--exp_dir", copy), 2, "not finished, or was edited since: resume it first"
-    )
+    edited = run("probe", "--exp_dir", copy)
+    refused(edited, 2, "not finished, or was edited since: resume it first")
