@@ -10,6 +10,7 @@ choices-DEVICE.json. Then: python -m benchmarks.tables
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import encode as encode_module
 from benchmarks import baseline
 from benchmarks.common import child, machine, parser, this_commit
 from encode import Output, encode
@@ -193,6 +195,7 @@ CHOICES = {  # title: what a train step and encoding do otherwise
     "fp32, not channels last": ("fp32", "channels first"),
     "not channels last": ("channels first",),
     "torch's convolutions on 2x2 pixels too": ("torch's convolutions",),
+    "batch norm not folded in encoding": ("not folded",),
     "freed memory returned": ("not configured",),
     "one thread": ("one thread",),
     "with --compile": ("compile",),
@@ -245,6 +248,8 @@ def time_choice(device, name):
     compiled = torch.compile(encoder) if "compile" in otherwise else encoder
     bf16 = s.bf16 and "fp32" not in otherwise
     images = s.images(s.B)
+    if "not folded" in otherwise:
+        encode_module.fold_batch_norm = lambda network: copy.deepcopy(network).eval()
     step = build_step(hp, compiled, build_optimizer(hp, encoder), bf16)
     rng, output = partial(generator, 0, "speed"), Output(bf16=bf16)
     encode_batch = partial(encode, encoder, images, Views(8, "grid"), rng, s.B, output)
