@@ -37,7 +37,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """A data set in train/<class> and test/<class>: 24 training and 10 test images of two classes."""
+    """A data set in train/<class> and test/<class>: 24 training and 10 test images, two classes."""
     root = tmp_path_factory.mktemp("images")
     for seed, (split, n) in enumerate((("train", 12), ("test", 5))):
         for name in ("across", "down"):
@@ -47,10 +47,11 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(images):
-    """The arguments of a run of twelve steps that takes about a second; a checkpoint at each step."""
+    """The arguments of a run of twelve steps, about a second, with a checkpoint at each step."""
     return (
-        "train --dataset folder --image_size 16 --arch resnet18-tiny --h_dim 8 --z_dim 4 --n_patches 2 --bs 4 --n_epochs 2 "
-        "--n_eval_epochs 3 --print_freq 4 --checkpoint_every 0 --device cpu --precision fp32"
+        "train --dataset folder --image_size 16 --arch resnet18-tiny --h_dim 8 --z_dim 4 "
+        "--n_patches 2 --bs 4 --n_epochs 2 --n_eval_epochs 3 --print_freq 4 --checkpoint_every 0 "
+        "--device cpu --precision fp32"
     ).split() + ["--data_dir", str(images)]
 
 
@@ -58,7 +59,7 @@ def tiny(images):
 def finished(tiny, tmp_path_factory):
     """The folder of such a run, undisturbed.
 
-    Tests look at it and copy it, and change nothing in it.
+    Tests read it and copy it, and change nothing in it.
     """
     logs = tmp_path_factory.mktemp("finished")
     result = run(*tiny, "--log_folder", logs)

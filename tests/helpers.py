@@ -24,7 +24,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(*argv):
-    """Call main.main in this process; return its exit code, stdout and stderr, which is unexpected."""
+    """Call main.main in this process; return its exit code, stdout and unexpected stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main.main([str(arg) for arg in argv])
@@ -33,9 +33,13 @@ def run(*argv):
 
 def unexpected(err):
     """Return stderr without the warning of few steps: the runs of the tests are short."""
-    return re.sub(
-        "^warning: .* steps of training in all: this teaches little.*\n", "", err, flags=re.M
-    )
+    few_steps = "^warning: .* steps of training in all: this teaches little.*\n"
+    return re.sub(few_steps, "", err, flags=re.M)
+
+
+def resume(exp_dir, options=""):
+    """Call resume with these options, which are separated by spaces."""
+    return run("resume", "--exp_dir", exp_dir, *options.split())
 
 
 def trained_with(*changes, tiny, tmp_path):
@@ -57,7 +61,7 @@ def refused(result, code, *words):
 
 
 def write_images(folder, n, seed):
-    """Write n PNG files of 16x16: stripes, whose direction depends on the folder's name, and noise."""
+    """Write n PNG files of 16x16: stripes, in a direction by the folder's name, and noise."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     for i in range(n):
@@ -94,16 +98,13 @@ def contents(exp_dir):
         ".json": files.read_json,
         ".jsonl": lambda path: [json.loads(line) for line in path.read_text().splitlines()],
     }
-    paths = sorted(path for path in exp_dir.rglob("*") if path.is_file())
-    paths = [
-        path
-        for path in paths
-        if path.name != "environment.json" and "tensorboard" not in path.parts
-    ]
-    return {
-        str(path.relative_to(exp_dir)): plain(read.get(path.suffix, Path.read_bytes)(path))
-        for path in paths
-    }
+    values = {}
+    for path in sorted(exp_dir.rglob("*")):
+        journal = path.name == "environment.json" or "tensorboard" in path.parts
+        if path.is_file() and not journal:
+            value = read.get(path.suffix, Path.read_bytes)(path)
+            values[str(path.relative_to(exp_dir))] = plain(value)
+    return values
 
 
 def training_lines(exp_dir):
@@ -125,15 +126,10 @@ def changed_files(exp_dir, before):
 
     Those of the journal, which each launch writes, are left out.
     """
-    ours = {
-        path: value
-        for path, value in fingerprints(exp_dir).items()
-        if "tensorboard" not in path.parts
-    }
-    return {path.name for path, value in ours.items() if before.get(path) != value} - {
-        "environment.json",
-        "metrics.jsonl",
-    }
+    after = fingerprints(exp_dir)
+    changed = [path for path in after if before.get(path) != after[path]]
+    names = {path.name for path in changed if "tensorboard" not in path.parts}
+    return names - {"environment.json", "metrics.jsonl"}
 
 
 def edit(exp_dir, **values):
@@ -144,6 +140,15 @@ def edit(exp_dir, **values):
         index = next(i for i, line in enumerate(lines) if line.startswith(f"  {name}: "))
         lines[index] = f"  {name}: {value}"
     path.write_text("\n".join(lines) + "\n")
+
+
+def os_error(code):
+    """Return a function that raises OSError with this code, about its first argument."""
+
+    def fail(path=None, *args):
+        raise OSError(code, os.strerror(code), path)
+
+    return fail
 
 
 def step_of(path):

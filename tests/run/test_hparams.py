@@ -1,11 +1,51 @@
 """The declaration of the settings and what follows from it: checks, differences, cache keys."""
 
+import argparse
 import dataclasses
+import re
 
 import pytest
 
 from hparams import SETTINGS, STAGES, Hparams
 from infra.errors import UsageError
+
+# Whose values are not checked by their declaration, but where they are used.
+FREE_TEXT = {"pretrained_proj", "weights", "data_dir", "device", "labels"}
+
+
+def wrong_values(setting):
+    """Return texts that a setting refuses; none for true-or-false settings and free text."""
+    if setting.choices:
+        return ["nonsense"]
+    if setting.type not in (int, float):
+        return []
+    wrong = ["many", "nan", "inf", "-1", str(10**30), "1e999", str(setting.high + 1)]
+    if setting.above or setting.low == 1:
+        wrong.append("0")
+    if setting.type is int:
+        wrong.append("1.5")
+    if setting.name == "tcr_eps":
+        wrong.append("1e-300")
+    return wrong
+
+
+def allowed_values(setting):
+    """Return values at the bounds of a setting, or each of its choices."""
+    if setting.type not in (int, float):
+        return list(setting.choices)
+    return [setting.high] if setting.above else [setting.low, setting.high]
+
+
+def test_each_setting_refuses_wrong_values_and_names_what_is_allowed():
+    for setting in SETTINGS.values():
+        wrong = wrong_values(setting)
+        assert wrong or setting.type is bool or setting.name in FREE_TEXT
+        for text in wrong:
+            expected = re.escape(f"must be {setting.allowed()}, not '{text}'")
+            with pytest.raises(argparse.ArgumentTypeError, match=expected):
+                setting.parse(text)
+        for value in allowed_values(setting):
+            assert setting.parse(str(value)) == value
 
 
 def test_settings_are_checked_when_they_are_made_and_stay_as_they_are():

@@ -3,19 +3,31 @@
 import errno
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ROOT, RUN, contents, edit, fingerprints, refused, run, step_of, unexpected
+from helpers import (
+    ROOT,
+    RUN,
+    contents,
+    edit,
+    fingerprints,
+    os_error,
+    refused,
+    resume,
+    run,
+    step_of,
+    unexpected,
+)
 
 import data
 import encode
-from experiment import Run, load_checkpoint
+from experiment import Run
 from infra import files
+from infra.metrics import Journal
 
 # The program itself. It is killed by SIGKILL when a file is about to be renamed to its name, and
 # the file is half-written. Of a checkpoint, that is the one that has done so many steps.
@@ -24,13 +36,29 @@ import os, signal, sys, main
 from infra import files
 name, step, *argv = sys.argv[1:]
 rename = os.replace
+def is_meant(source, target):
+    if os.path.basename(target) != name:
+        return False
+    return step == "-" or files.read_pt(source)["state"]["step"] == int(step)
 def kill(source, target):
-    if os.path.basename(target) == name and (step == "-" or files.read_pt(source)["state"]["step"] == int(step)):
+    if is_meant(source, target):
         os.truncate(source, os.path.getsize(source) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
     rename(source, target)
 os.replace = kill
 sys.exit(main.main(argv))
+"""
+SECOND_SIGNAL = """
+import os, signal, sys, main, train
+render, calls = train.render, []
+def render_and_signal(*args, **kwargs):
+    calls.append(args)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return render(*args, **kwargs)
+train.render = render_and_signal
+sys.exit(main.main(sys.argv[1:]))
 """
 
 
@@ -38,16 +66,10 @@ sys.exit(main.main(argv))
     ("name", "step"),
     [
         ("patches.png", "-"),  # before training
-        (
-            "last.pt",
-            4,
-        ),  # the middle of epoch 0; the line of step 4 in metrics.jsonl is written again
+        ("last.pt", 4),  # in epoch 0; the line of step 4 in metrics.jsonl is written again
         ("0.pt", 6),  # the end of epoch 0
         ("last.pt", 6),  # 0.pt is written, last.pt is not
-        ("last.pt", 12),  # the end of training
         ("train.pt", "-"),  # encoded
-        ("test.pt", "-"),
-        ("probe.pt", "-"),
         ("linear_accuracy.json", "-"),  # probe.pt is written, its result is not
     ],
 )
@@ -56,7 +78,7 @@ def test_sigkill_then_resume(tiny, finished, tmp_path, name, step):
     killed = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert len(list(tmp_path.rglob("*.tmp"))) == 1
-    result = run("resume", "--exp_dir", tmp_path / RUN)
+    result = resume(tmp_path / RUN)
     assert result.code == 0, result.err
     assert "Going on at epoch" in result.out or step == "-"
     assert contents(tmp_path / RUN) == contents(finished)
@@ -68,24 +90,13 @@ def test_sigkill_then_resume(tiny, finished, tmp_path, name, step):
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on(
     tiny, finished, tmp_path, signum, code
 ):
-    """Checkpoints within an epoch are off here, so the one at the signal is what resume goes on
-    from.
-    """
-    command = [
-        *tiny,
-        "--checkpoint_every",
-        "1000",
-        "--print_freq",
-        "1",
-        "--log_folder",
-        str(tmp_path),
-    ]
+    """No other checkpoint is written within an epoch, so resume starts from the signal's."""
+    options = "--checkpoint_every 1000 --print_freq 1 --log_folder".split()
+    command = [*tiny, *options, str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, ROOT / "main.py", *command], **pipes)
-    for line in process.stdout:
-        if line.startswith("epoch 0 step 2/6"):
-            process.send_signal(signum)
-            break
+    next(line for line in process.stdout if line.startswith("epoch 0 step 2/6"))
+    process.send_signal(signum)
     err = unexpected(process.communicate()[1])
     assert process.returncode == code
     assert err.startswith("stopped at epoch")
@@ -99,6 +110,10 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on
         assert ours[name] == undisturbed[name]
 
 
+def send_sigterm(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_signal_while_the_last_checkpoint_is_written_is_not_lost(
     tiny, finished, tmp_path, monkeypatch
 ):
@@ -107,112 +122,95 @@ def test_a_signal_while_the_last_checkpoint_is_written_is_not_lost(
     def save_and_signal(path, content, *args, **kwargs):
         save(path, content, *args, **kwargs)
         if path.name == "1.pt":
-            os.kill(os.getpid(), signal.SIGTERM)
+            send_sigterm()
 
     monkeypatch.setattr(files, "write_pt", save_and_signal)
     result = run(*tiny, "--log_folder", tmp_path)
     assert result.code == 143
     assert "Encoding" not in result.out
     monkeypatch.undo()
-    assert run("resume", "--exp_dir", tmp_path / RUN).code == 0
+    assert resume(tmp_path / RUN).code == 0
     assert contents(tmp_path / RUN) == contents(finished)
 
 
 def test_a_second_signal_leaves_at_once(tiny, tmp_path):
-    code = (
-        "import main, os, signal, sys, train; f = train.render; n = []\n"
-        "def g(*a, **k):\n n.append(1)\n if len(n) == 3:\n"
-        "  [os.kill(os.getpid(), signal.SIGTERM) for _ in 'ab']\n return f(*a, **k)\n"
-        "train.render = g; sys.exit(main.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, *tiny, "--log_folder", tmp_path]
+    command = [sys.executable, "-c", SECOND_SIGNAL, *tiny, "--log_folder", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, unexpected(done.stderr)) == (143, "")
     assert step_of(tmp_path / RUN / "checkpoints" / "last.pt") == 2  # of the step before
 
 
-def test_a_probe_that_was_killed_between_its_files_is_fitted_again(finished, tmp_path, monkeypatch):
-    exp_dir = shutil.copytree(finished, tmp_path / "run")
-    edit(exp_dir, eval_lr=0.1)
-    write_json = files.write_json
-
-    def write_or_stop(path, content):
-        if path.name == "linear_accuracy.json":
-            os.kill(os.getpid(), signal.SIGTERM)
-        write_json(path, content)
-
-    monkeypatch.setattr(files, "write_json", write_or_stop)
-    assert run("resume", "--exp_dir", exp_dir).code == 143
-    monkeypatch.undo()
-    edit(exp_dir, eval_lr="null")
-    assert run("resume", "--exp_dir", exp_dir).code == 0
-    assert contents(exp_dir) == contents(finished)
-
-
 def test_a_signal_outside_training_stops_too(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        encode, "encode", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)
-    )
+    monkeypatch.setattr(encode, "encode", send_sigterm)
     result = run(*tiny, "--log_folder", tmp_path)
     assert (result.code, result.err) == (143, "stopped\n")
 
 
+def test_a_probe_that_was_killed_between_its_files_is_fitted_again(copy, finished, monkeypatch):
+    edit(copy, eval_lr=0.1)
+    write_json = files.write_json
+
+    def write_or_stop(path, content):
+        if path.name == "linear_accuracy.json":
+            send_sigterm()
+        write_json(path, content)
+
+    monkeypatch.setattr(files, "write_json", write_or_stop)
+    assert resume(copy).code == 143
+    monkeypatch.undo()
+    edit(copy, eval_lr="null")
+    assert resume(copy).code == 0
+    assert contents(copy) == contents(finished)
+
+
 def test_the_checkpoint_of_an_epoch_is_written_once(finished):
     """last.pt is a second name of the file, and the one of another epoch is not."""
-    zero, one, last = (
-        (finished / "checkpoints" / name).stat().st_ino for name in ("0.pt", "1.pt", "last.pt")
-    )
+    names = ("0.pt", "1.pt", "last.pt")
+    zero, one, last = ((finished / "checkpoints" / name).stat().st_ino for name in names)
     assert zero != one == last
 
 
-def test_a_second_name_that_a_killed_process_left_is_not_written_through(finished, tmp_path):
-    """last.pt.tmp is a link to 0.pt, and last.pt, which is damaged, is written again."""
-    exp_dir = shutil.copytree(finished, tmp_path / "run")
-    folder = exp_dir / "checkpoints"
-    os.link(folder / "0.pt", folder / "last.pt.tmp")
-    (folder / "last.pt").write_bytes(b"damaged")
-    assert run("resume", "--exp_dir", exp_dir).code == 0
-    assert contents(exp_dir) == contents(finished)
-
-
 def test_a_file_system_without_hard_links(tiny, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "link", not_permitted)
+    monkeypatch.setattr(os, "link", os_error(errno.EPERM))
     assert run(*tiny, "--log_folder", tmp_path).code == 0
     assert contents(tmp_path / RUN) == contents(finished)
 
 
-def not_permitted(*args):
-    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+def test_what_a_killed_process_left_is_removed_and_not_written_through(copy, finished):
+    """last.pt.tmp is a link to 0.pt, and last.pt, which is damaged, is written again."""
+    for name in ("hparams.yaml.tmp", "checkpoints/7.pt.tmp", "artifacts/train.pt.tmp", "lock"):
+        (copy / name).write_bytes(b"half")
+    os.link(copy / "checkpoints" / "0.pt", copy / "checkpoints" / "last.pt.tmp")
+    (copy / "checkpoints" / "last.pt").write_bytes(b"damaged")
+    assert resume(copy).code == 0
+    assert contents(copy) == contents(finished)
 
 
-def test_a_truncated_checkpoint_falls_back_to_the_one_before(finished, tmp_path):
-    exp_dir = shutil.copytree(finished, tmp_path / "run")
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(copy, finished):
     for name in ("last.pt", "1.pt"):
-        path = exp_dir / "checkpoints" / name
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    result = run("resume", "--exp_dir", exp_dir)
+        path = copy / "checkpoints" / name
+        os.truncate(path, path.stat().st_size // 2)
+    result = resume(copy)
     assert result.code == 0
     assert "last.pt can't be read" in result.err
     assert "Going on at epoch 1 step 0" in result.out
-    assert contents(exp_dir) == contents(finished)
+    assert contents(copy) == contents(finished)
 
 
-@pytest.mark.parametrize("tenth", range(10))
-def test_a_checkpoint_cut_off_anywhere_falls_back_to_the_one_before(
-    small_checkpoints, tmp_path, tenth, capsys
-):
-    exp_dir = shutil.copytree(small_checkpoints, tmp_path / "run")
-    last = exp_dir / "checkpoints" / "last.pt"
-    whole = last.read_bytes()
-    last.write_bytes(whole[: tenth * len(whole) // 10])
-    assert Run(exp_dir).newest_checkpoint(repair=True)["state"]["step"] == 8
-    assert f"{last} can't be read" in capsys.readouterr().err
-    assert load_checkpoint(last)["state"]["step"] == 8  # made whole again
+def test_no_readable_checkpoint_is_an_error_and_nothing_is_lost(copy):
+    for path in (copy / "checkpoints").iterdir():
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 1  # one flipped bit in a tensor
+        path.write_bytes(damaged)
+    before = fingerprints(copy)
+    result = resume(copy)
+    assert result.code == 1
+    assert "no checkpoint in" in result.err
+    assert fingerprints(copy) == before
 
 
-@pytest.mark.parametrize(
-    "n", [1, 4, 7, 10, 13, 16, 17]
-)  # of 16 files: last.pt 11 times, two of epochs, artifacts, the probe
+# Of 16 files: the first of 11 times last.pt, one of two epochs, an artifact, the probe.
+@pytest.mark.parametrize("n", [1, 7, 14, 16])
 def test_a_full_disk_loses_nothing(tiny, finished, tmp_path, monkeypatch, n):
     save, calls = torch.save, []
 
@@ -225,35 +223,36 @@ def test_a_full_disk_loses_nothing(tiny, finished, tmp_path, monkeypatch, n):
 
     monkeypatch.setattr(torch, "save", full)
     result = run(*tiny, "--log_folder", tmp_path)
-    if n == 17:
-        assert (result.code, len(calls)) == (0, 16)
-    else:
-        assert refused(result, 1, "no space left on the disk", "resume")
+    assert refused(result, 1, "no space left on the disk", "resume")
     assert not list(tmp_path.rglob("*.tmp"))
-    monkeypatch.undo()
     assert run(*tiny, "--log_folder", tmp_path).code == 0
     assert contents(tmp_path / RUN) == contents(finished)
 
 
-def test_what_a_killed_process_left_half_written_is_removed(finished, tmp_path):
-    exp_dir = shutil.copytree(finished, tmp_path / "run")
-    for name in ("hparams.yaml.tmp", "checkpoints/7.pt.tmp", "artifacts/train.pt.tmp", "lock"):
-        (exp_dir / name).write_bytes(b"half")
-    assert run("resume", "--exp_dir", exp_dir).code == 0
-    assert contents(exp_dir) == contents(finished)
+def test_a_disk_that_is_really_full(tiny, tmp_path):
+    mount = f"mount -t tmpfs -o size=4m none {tmp_path}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    words = [sys.executable, ROOT / "main.py", *tiny, "--log_folder", tmp_path]
+    script = f"{mount} && {shlex.join(map(str, words))}"
+    command = ["unshare", "-rm", "sh", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = unexpected(done.stderr).splitlines()
+    errors = [line for line in lines if "no more TensorBoard events" not in line]
+    assert done.returncode == 1
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith("error: no space left on the disk")
 
 
 @pytest.fixture
 def stopped(tiny, tmp_path, monkeypatch):
-    """A run that a signal stopped in its second epoch, after the line of step 8."""
-    from infra.metrics import Journal
-
+    """A run that a signal stopped in its second epoch, after the line of step 10."""
     add = Journal.add
 
     def add_and_stop(self, **values):
         add(self, **values)
         if values.get("global_step") == 10:
-            os.kill(os.getpid(), signal.SIGTERM)
+            send_sigterm()
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "add", add_and_stop)
@@ -261,37 +260,27 @@ def stopped(tiny, tmp_path, monkeypatch):
     return tmp_path / RUN
 
 
+def numbers_of(path):
+    """Return the numbers of each line of a metrics.jsonl that a second run repeats."""
+    names = ("global_step", "probe_epoch", "loss_sim", "top1")
+    return [tuple(line.get(name) for name in names) for line in files.read_jsonl(path)]
+
+
 @pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: text[:20] + b"\xff\xfe" + text[20:],
-        lambda text: text[:-10],
-        lambda text: text.replace(b'"epoch"', b'"epo\xe9h"', 1),
-        lambda text: b"",
-    ],
+    "damage", [lambda text: text[:20] + b"\xff\xfe" + text[20:], lambda text: text[:-10]]
 )
 def test_damaged_metrics_do_not_stop_a_run_and_no_lines_are_joined(stopped, finished, damage):
     path = stopped / "metrics.jsonl"
     path.write_bytes(damage(path.read_bytes()))
-    result = run("resume", "--exp_dir", stopped)
+    result = resume(stopped)
     assert result.code == 0, result.err
-    ours, undisturbed = files.read_jsonl(path), files.read_jsonl(finished / "metrics.jsonl")
-    names = ("global_step", "probe_epoch", "loss_sim", "top1")
-    ours, undisturbed = (
-        [tuple(line.get(name) for name in names) for line in lines] for lines in (ours, undisturbed)
-    )
-    assert set(ours) <= set(undisturbed) and ours[-4:] == undisturbed[-4:]
+    ours, undisturbed = numbers_of(path), numbers_of(finished / "metrics.jsonl")
+    assert set(ours) <= set(undisturbed)
+    assert ours[-4:] == undisturbed[-4:]
     path.unlink()
-    assert contents(stopped) == {
-        name: content for name, content in contents(finished).items() if name != "metrics.jsonl"
-    }
-
-
-def test_a_damaged_picture_is_drawn_again(stopped, finished):
-    picture = stopped / "patches.png"
-    picture.write_bytes(picture.read_bytes()[:300])
-    assert run("resume", "--exp_dir", stopped).code == 0
-    assert contents(stopped) == contents(finished)
+    expected = contents(finished)
+    del expected["metrics.jsonl"]
+    assert contents(stopped) == expected
 
 
 def test_hparams_edited_while_resume_loads_its_data_stay_edited(stopped, monkeypatch):
@@ -302,39 +291,15 @@ def test_hparams_edited_while_resume_loads_its_data_stay_edited(stopped, monkeyp
         return load_folder(*args)
 
     monkeypatch.setattr(data, "load_folder", load_and_edit)
-    assert run("resume", "--exp_dir", stopped).code == 0
+    assert resume(stopped).code == 0
     assert Run(stopped).read_hparams().print_freq == 3
-
-
-@pytest.mark.parametrize("megabytes", [1, 4, 9])
-def test_a_disk_that_is_really_full(tiny, tmp_path, megabytes):
-    mount = f"mount -t tmpfs -o size={megabytes}m none {tmp_path}"
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    command = " ".join(
-        shlex.quote(str(word))
-        for word in (sys.executable, ROOT / "main.py", *tiny, "--log_folder", tmp_path)
-    )
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", f"{mount} && {command}"], capture_output=True, text=True
-    )
-    errors = [
-        line
-        for line in unexpected(done.stderr).splitlines()
-        if not line.startswith("warning: no more TensorBoard events")
-    ]
-    assert done.returncode == 1
-    assert len(errors) == 1 and errors[0].startswith("error: no space left on the disk"), (
-        done.stderr
-    )
 
 
 def test_two_processes_in_one_run_folder(tiny, finished, tmp_path):
     """The second one is refused while the first one lives, and takes over when it is dead."""
     command = [*tiny, "--log_folder", str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "main.py", *command], stdout=subprocess.PIPE, text=True
-    )
+    first = [sys.executable, ROOT / "main.py", *command]
+    process = subprocess.Popen(first, stdout=subprocess.PIPE, text=True)
     next(line for line in process.stdout if line.startswith("epoch 0 step 4"))
     process.send_signal(signal.SIGSTOP)
     before = fingerprints(tmp_path)
@@ -346,27 +311,3 @@ def test_two_processes_in_one_run_folder(tiny, finished, tmp_path):
     assert (tmp_path / RUN / "lock").read_text() == str(process.pid)
     assert run(*command).code == 0
     assert contents(tmp_path / RUN) == contents(finished)  # without the lock
-
-
-def test_no_readable_checkpoint_is_an_error_and_nothing_is_lost(finished, tmp_path):
-    exp_dir = shutil.copytree(finished, tmp_path / "run")
-    for path in (exp_dir / "checkpoints").iterdir():
-        damaged = bytearray(path.read_bytes())
-        damaged[len(damaged) // 2] ^= 1  # one flipped bit in a tensor
-        path.write_bytes(damaged)
-    before = {path: path.read_bytes() for path in exp_dir.rglob("*.*")}
-    result = run("resume", "--exp_dir", exp_dir)
-    assert result.code == 1
-    assert "no checkpoint in" in result.err
-    assert {path: path.read_bytes() for path in exp_dir.rglob("*.*")} == before
-
-
-@pytest.mark.parametrize(
-    "name", ["artifacts/train.pt", "artifacts/test.pt", "probe.pt", "linear_accuracy.json"]
-)
-def test_damaged_results_are_computed_again(finished, tmp_path, name):
-    exp_dir = shutil.copytree(finished, tmp_path / "run")
-    path = exp_dir / name
-    path.write_bytes(path.read_bytes()[:-100])
-    assert run("resume", "--exp_dir", exp_dir).code == 0
-    assert contents(exp_dir) == contents(finished)
