@@ -1,5 +1,6 @@
 """Two processes, started by torchrun as on a machine with two GPUs, here with gloo on the CPU."""
 
+import itertools
 import re
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 import train_steps
-from helpers import LAUNCH, ONE_THREAD, ROOT, RUN, contents, run, training_lines
+from helpers import LAUNCH, ONE_THREAD, ROOT, RUN, contents, resume, training_lines
 from train_steps import SMALL
 
 from experiment import load_checkpoint, position
@@ -30,9 +31,11 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
-def launched(n, *argv):
-    command = [sys.executable, *LAUNCH, str(n), ROOT / "main.py", *argv]
-    return subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+def launched(n, *argv, script=ROOT / "main.py", **environment):
+    """Run a script, main.py by default, in n processes until it ends."""
+    command = [sys.executable, *LAUNCH, str(n), script, *argv]
+    env = {**ONE_THREAD, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
 
 def by_this_process(options, tmp_path):
@@ -58,45 +61,37 @@ def test_loss_and_gradient_of_two_processes_are_those_of_one(more, tmp_path):
 
 
 def test_patches_of_a_part_of_a_batch_are_those_of_the_whole():
-    images = torch.randint(
-        0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.manual_seed(0)
-    )
+    rng = torch.manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=rng)
     whole = sample_patches(images, 5, generator(0, "t"), 16)
     part = sample_patches(images[2:5], 5, generator(0, "t"), 16, first=2, batch=6)
     assert torch.equal(part, whole[:, 2:5])
 
 
 def test_two_processes_train_encode_and_report_once_and_one_goes_on(tiny, finished, tmp_path):
-    command = [*tiny, "--log_folder", tmp_path]
-    done = launched(2, *command)
+    done = launched(2, *tiny, "--log_folder", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("===> Report") == 1
     assert len(re.findall("^Epoch: 0", done.stdout, re.M)) == 1
-    ours, undisturbed = contents(tmp_path / RUN), contents(finished)
-    assert set(ours) == set(undisturbed)
-    assert [(line["epoch"], line["step"]) for line in training_lines(tmp_path / RUN)] == [
-        (0, 4),
-        (0, 6),
-        (1, 4),
-        (1, 6),
-    ]
-    assert run("resume", "--exp_dir", tmp_path / RUN).code == 0
+    ours = contents(tmp_path / RUN)
+    assert set(ours) == set(contents(finished))
+    steps = [(line["epoch"], line["step"]) for line in training_lines(tmp_path / RUN)]
+    assert steps == [(0, 4), (0, 6), (1, 4), (1, 6)]
+    assert resume(tmp_path / RUN).code == 0
     assert contents(tmp_path / RUN) == ours  # nothing was left to do
-    by_two = {
-        split: files.read_pt(tmp_path / RUN / "artifacts" / f"{split}.pt")
-        for split in ("train", "test")
-    }
-    for path in (tmp_path / RUN / "artifacts").iterdir():
+    paths = [tmp_path / RUN / "artifacts" / f"{split}.pt" for split in ("train", "test")]
+    by_two = [files.read_pt(path) for path in paths]
+    for path in paths:
         path.unlink()
-    assert run("resume", "--exp_dir", tmp_path / RUN).code == 0
-    for split, two in by_two.items():
-        one = files.read_pt(tmp_path / RUN / "artifacts" / f"{split}.pt")
+    assert resume(tmp_path / RUN).code == 0
+    for path, two in zip(paths, by_two, strict=True):
+        one = files.read_pt(path)
         torch.testing.assert_close(two["embeddings"], one["embeddings"])
         assert two["labels"].tolist() == one["labels"].tolist()
 
 
 def test_two_processes_warn_once(copy):
-    """Both find that the newest checkpoint is damaged, and the main one says so."""
+    """Both read the newest checkpoint, which is damaged, and the main one says so."""
     (copy / "checkpoints" / "last.pt").write_bytes(b"damaged")
     done = launched(2, "resume", "--exp_dir", copy)
     assert done.returncode == 0, done.stderr
@@ -105,17 +100,10 @@ def test_two_processes_warn_once(copy):
 
 
 def test_sigterm_to_the_group_writes_one_checkpoint_and_one_process_resumes(tiny, tmp_path):
-    command = [
-        *tiny,
-        "--checkpoint_every",
-        "1000",
-        "--print_freq",
-        "1",
-        "--log_folder",
-        str(tmp_path),
-    ]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ONE_THREAD}
-    process = subprocess.Popen([sys.executable, *LAUNCH, "2", ROOT / "main.py", *command], **pipes)
+    options = "--checkpoint_every 1000 --print_freq 1 --log_folder".split()
+    command = [sys.executable, *LAUNCH, "2", ROOT / "main.py", *tiny, *options, tmp_path]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=ONE_THREAD, **pipes)
     next(line for line in process.stdout if line.startswith("epoch 0 step 2/6"))
     process.send_signal(signal.SIGTERM)
     err = process.communicate()[1]
@@ -125,7 +113,7 @@ def test_sigterm_to_the_group_writes_one_checkpoint_and_one_process_resumes(tiny
     epoch, step = position(stopped)
     assert stopped["state"]["step"] > 0
     assert not list(tmp_path.rglob("lock"))
-    result = run("resume", "--exp_dir", tmp_path / RUN)
+    result = resume(tmp_path / RUN)
     assert result.code == 0
     assert f"Going on at epoch {epoch} step {step}" in result.out
 
@@ -144,37 +132,28 @@ def test_bs_must_be_shared_evenly(tiny, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-def test_one_process_that_dies_or_is_told_to_stop_ends_the_others_and_the_run_resumes(
-    tiny, tmp_path
+@pytest.mark.parametrize(
+    ("name", "words", "step"),
+    [("SIGKILL", "Signal 9", 2), ("SIGTERM", "stopped at epoch 1 step 3", 3)],
+)
+def test_a_signal_to_one_process_ends_the_others_and_the_run_resumes(
+    tiny, tmp_path, name, words, step
 ):
-    (tmp_path / "dies.py").write_text(DIES)
-    for name, words, step in (
-        ("SIGKILL", "Signal 9", 2),
-        ("SIGTERM", "stopped at epoch 1 step 3", 3),
-    ):
-        env = {**ONE_THREAD, "PYTHONPATH": str(ROOT), "SIGNAL": name}
-        command = [
-            sys.executable,
-            *LAUNCH,
-            "2",
-            tmp_path / "dies.py",
-            *tiny,
-            "--log_folder",
-            tmp_path / name,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
-        assert done.returncode != 0
-        assert words in done.stderr
-        stopped = load_checkpoint(tmp_path / name / RUN / "checkpoints" / "last.pt")
-        assert (1, 1) <= position(stopped) <= (1, step)
-        assert run("resume", "--exp_dir", tmp_path / name / RUN).code == 0
+    script = tmp_path / "dies.py"
+    script.write_text(DIES)
+    done = launched(2, *tiny, "--log_folder", tmp_path, script=script, SIGNAL=name)
+    assert done.returncode != 0
+    assert words in done.stderr
+    stopped = load_checkpoint(tmp_path / RUN / "checkpoints" / "last.pt")
+    assert (1, 1) <= position(stopped) <= (1, step)
+    assert resume(tmp_path / RUN).code == 0
 
 
 KILLED = """
 import os, signal, sys, main
 import encode, train
 from images import cache as image_cache
-place, ranks, *argv = sys.argv[1:]
+stage, ranks, *argv = sys.argv[1:]
 image_cache.MANY = 4
 def kill(owner, name):
     function = getattr(owner, name)
@@ -184,52 +163,37 @@ def kill(owner, name):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     setattr(owner, name, killed)
-if place != "nowhere":
-    kill(*{"decoding": (image_cache, "size_and_time"), "encoding": (encode, "encode"),
-           "checkpoint": (train, "check_finite")}[place])
+if stage == "decoding":
+    kill(image_cache, "size_and_time")
+if stage == "checkpoint":
+    kill(train, "check_finite")
+if stage == "encoding":
+    kill(encode, "encode")
 sys.exit(main.main(argv))
 """
 
 
 @pytest.mark.slow
 def test_two_processes_killed_anywhere_and_resumed_end_with_the_same_bits(tiny, tmp_path):
-    (tmp_path / "killed.py").write_text(KILLED)
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
 
-    def start(place, victims, name):
-        env = {**ONE_THREAD, "PYTHONPATH": str(ROOT)}
-        command = [
-            sys.executable,
-            *LAUNCH,
-            "2",
-            tmp_path / "killed.py",
-            place,
-            victims,
-            *tiny,
-            "--log_folder",
-            tmp_path / name,
-        ]
-        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    def start(stage, ranks, name):
+        return launched(2, stage, ranks, *tiny, "--log_folder", tmp_path / name, script=script)
 
-    assert start("nowhere", "", "undisturbed").returncode == 0
-    for place in ("decoding", "checkpoint", "encoding"):
-        for victims in ("0", "1", "01"):
-            name = f"{place}-{victims}"
-            assert start(place, victims, name).returncode != 0
-            resumed = start("nowhere", "", name)
-            assert resumed.returncode == 0, resumed.stderr
-            assert contents(tmp_path / name / RUN) == contents(tmp_path / "undisturbed" / RUN), name
+    assert start("no stage", "", "undisturbed").returncode == 0
+    for stage, ranks in itertools.product(("decoding", "checkpoint", "encoding"), ("0", "1", "01")):
+        name = f"{stage}-{ranks}"
+        assert start(stage, ranks, name).returncode != 0
+        resumed = start("no stage", "", name)
+        assert resumed.returncode == 0, resumed.stderr
+        assert contents(tmp_path / name / RUN) == contents(tmp_path / "undisturbed" / RUN), name
 
 
-@pytest.mark.parametrize("max_patches", [3, 63])
-def test_in_chunks_loss_and_gradient_are_those_of_the_whole_batch(max_patches, tmp_path):
-    assert_equal_to_rounding(
-        by_this_process(SMALL, tmp_path),
-        by_this_process(f"{SMALL} --max_patches {max_patches}", tmp_path),
-    )
-
-
-def test_in_chunks_of_two_processes_too(tmp_path):
-    assert_equal_to_rounding(
-        by_this_process(SMALL, tmp_path),
-        train_steps.by_processes(2, f"{SMALL} --max_patches 20"),
-    )
+def test_in_chunks_loss_and_gradient_are_those_of_the_whole_batch(tmp_path):
+    whole = by_this_process(SMALL, tmp_path)
+    for max_patches in (3, 63):
+        chunks = by_this_process(f"{SMALL} --max_patches {max_patches}", tmp_path)
+        assert_equal_to_rounding(whole, chunks)
+    chunks = train_steps.by_processes(2, f"{SMALL} --max_patches 20")
+    assert_equal_to_rounding(whole, chunks)

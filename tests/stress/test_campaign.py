@@ -7,7 +7,6 @@ hangs; no file is gone that no command was asked to remove; and each accuracy th
 of the undisturbed run.
 """
 
-import collections
 import errno
 import os
 import random
@@ -25,25 +24,18 @@ from infra import files
 from infra.errors import UsageError
 
 SETTINGS = (
-    "--dataset folder --image_size 16 --arch resnet18-tiny --h_dim 8 --z_dim 4 --n_patches 2 --bs 8 --n_epochs 2 "
-    "--n_eval_epochs 3 --emb_pool proj --eval_lr 1 --print_freq 4 --device cpu --precision fp32"
+    "--dataset folder --image_size 16 --arch resnet18-tiny --h_dim 8 --z_dim 4 --n_patches 2 "
+    "--bs 8 --n_epochs 2 --n_eval_epochs 3 --emb_pool proj --eval_lr 1 --print_freq 4 "
+    "--device cpu --precision fp32"
 ).split()
-COMMANDS = (
-    "resume",
-    "train",
-    "report",
-    "compare",
-    "export",
-    "embed",
-    "cleanup",
-    "probe",
-    "finetune",
-)
+COMMANDS = "resume train report compare export embed cleanup probe finetune".split()
+FINETUNE = "--n_epochs 1 --bs 12 --no-from_scratch".split()
+ON_CPU = ["--device", "cpu"]
 SECONDS = 30  # a command that takes longer hangs
 
 
 def striped(folder, n, seed):
-    """Write n images for each of two classes: stripes across or down, and more noise than stripes."""
+    """Write n images for each of two classes: stripes across or down, with more noise."""
     generator = np.random.default_rng(seed)
     stripes = (np.arange(16) // 2 % 2 * 50)[:, None, None]
     for split in ("train", "test"):
@@ -57,9 +49,7 @@ def striped(folder, n, seed):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two finished runs with the same settings and other images: {"own": its folder, "foreign": its
-    folder}.
-    """
+    """Two finished runs with the same settings and other images, {"own" or "foreign": folder}."""
     made = {}
     for seed, name in enumerate(("own", "foreign")):
         root = tmp_path_factory.mktemp(name)
@@ -68,7 +58,8 @@ def runs(tmp_path_factory):
         assert result.code == 0, result.err
         (made[name],) = (root / "logs").iterdir()
     own, foreign = (top1(made[name]) for name in ("own", "foreign"))
-    assert own != foreign and 0 < own < 100
+    assert own != foreign
+    assert 0 < own < 100
     return made
 
 
@@ -103,28 +94,18 @@ def lose(path, choose, foreign):
 
 
 def junk(path, choose, foreign):
-    contents = (
-        b"\0" * 100,
-        b"[" * 10**5,
-        b'{"a": 1}\n',
-        b"\xff\xfe",
-        b"null",
-        b"[1]",
-        choose.randbytes(5000),
-    )
-    path.write_bytes(choose.choice(contents))
+    texts = [b"\0" * 100, b"[" * 10**5, b'{"a": 1}\n', b"\xff\xfe", b"null", b"[1]"]
+    path.write_bytes(choose.choice([*texts, choose.randbytes(5000)]))
 
 
-def take_foreign(path, choose, foreign):
+def copy_foreign(path, choose, foreign):
     if foreign.exists():
         shutil.copyfile(foreign, path)
 
 
-def take_sibling(path, choose, foreign):
-    """Put another file of the same folder there."""
-    siblings = [
-        sibling for sibling in path.parent.iterdir() if sibling.is_file() and sibling != path
-    ]
+def copy_sibling(path, choose, foreign):
+    """Replace it by another file of the same folder."""
+    siblings = [file for file in path.parent.iterdir() if file.is_file() and file != path]
     if siblings:
         content = choose.choice(siblings).read_bytes()
         path.unlink()
@@ -132,7 +113,7 @@ def take_sibling(path, choose, foreign):
 
 
 def instead(make):
-    """Return a fault that puts something else in the place of the file."""
+    """Return a fault that replaces the file by what `make` creates."""
 
     def fault(path, choose, foreign):
         path.unlink()
@@ -165,8 +146,8 @@ FAULTS = (
     empty,
     lose,
     junk,
-    take_foreign,
-    take_sibling,
+    copy_foreign,
+    copy_sibling,
     *map(instead, (folder, loop, link)),
 )
 
@@ -183,39 +164,20 @@ def full_disk(n):
     return fsync
 
 
-def command_line(name, exp_dir, choose):
+def command_line(name, exp_dir):
     images = exp_dir.parents[1] / "images"
+    logs = exp_dir.parent
+    run_folder = ["--exp_dir", exp_dir]
     return {
-        "resume": ("resume", "--exp_dir", exp_dir),
-        "train": ("train", *SETTINGS, "--data_dir", images, "--log_folder", exp_dir.parent),
-        "report": ("report", "--exp_dir", exp_dir),
-        "compare": ("compare", exp_dir.parent),
-        "export": ("export", "--exp_dir", exp_dir, "--format", "torchvision"),
-        "embed": (
-            "embed",
-            "--exp_dir",
-            exp_dir,
-            "--images",
-            images,
-            "--out",
-            exp_dir.parent / "out.npz",
-            "--device",
-            "cpu",
-        ),
-        "cleanup": ("cleanup", "--log_folder", exp_dir.parent, "--keep", 1, "-y"),
-        "probe": ("probe", "--exp_dir", exp_dir, "--label_fractions", 1, "--device", "cpu"),
-        "finetune": (
-            "finetune",
-            "--exp_dir",
-            exp_dir,
-            "--n_epochs",
-            1,
-            "--bs",
-            12,
-            "--no-from_scratch",
-            "--device",
-            "cpu",
-        ),
+        "resume": ["resume", *run_folder],
+        "train": ["train", *SETTINGS, "--data_dir", images, "--log_folder", logs],
+        "report": ["report", *run_folder],
+        "compare": ["compare", logs],
+        "export": ["export", *run_folder, "--format", "torchvision"],
+        "embed": ["embed", *run_folder, "--images", images, "--out", logs / "out.npz", *ON_CPU],
+        "cleanup": ["cleanup", "--log_folder", logs, "--keep", 1, "-y"],
+        "probe": ["probe", *run_folder, "--label_fractions", 1, *ON_CPU],
+        "finetune": ["finetune", *run_folder, *FINETUNE, *ON_CPU],
     }[name]
 
 
@@ -234,8 +196,9 @@ def accuracies_in(name, result, exp_dir):
 
 
 def same_settings(exp_dir, other):
-    """Whether hparams.yaml has the settings of the other run, or can't be read; a fault may have
-    edited it.
+    """Whether hparams.yaml, which a fault may have edited, has the other run's settings.
+
+    True if it can't be read.
     """
     try:
         return not Run(exp_dir).read_hparams().differences(Run(other).read_hparams())
@@ -248,50 +211,51 @@ def timed_out(signum, frame):
 
 
 def carry_out(seed, runs, folder, monkeypatch):
-    """Do one round in the folder; return (what was done, what was wrong, "" if nothing was)."""
+    """Do one round in the folder; return (its faults and command, what was wrong or "")."""
     choose = random.Random(seed)
     shutil.copytree(runs["own"].parents[1] / "images", folder / "images")
     exp_dir = shutil.copytree(runs["own"], folder / "logs" / runs["own"].name)
-    with open(exp_dir / "hparams.yaml", "r+") as file:  # the images of this folder
-        text = file.read().replace(str(runs["own"].parents[1]), str(folder))
-        file.seek(0)
-        file.write(text)
-        file.truncate()
+    hparams = exp_dir / "hparams.yaml"  # with the images of this folder
+    hparams.write_text(hparams.read_text().replace(str(runs["own"].parents[1]), str(folder)))
     done = []
     for _ in range(choose.choice((1, 1, 2))):
-        path = choose.choice(
-            sorted(path for path in exp_dir.rglob("*") if path.is_file() and not path.is_symlink())
-        )
+        paths = sorted(path for path in exp_dir.rglob("*") if path.is_file())
+        path = choose.choice([path for path in paths if not path.is_symlink()])
         fault = choose.choice(FAULTS)
         if path.stat().st_size and path.name != "file":
             fault(path, choose, runs["foreign"] / path.relative_to(exp_dir))
             done.append(f"{fault.__name__} {path.relative_to(exp_dir)}")
     before = {path for path in exp_dir.rglob("*") if os.path.lexists(path)}
-    name, settled = choose.choice(COMMANDS), same_settings(exp_dir, runs["own"])
+    name = choose.choice(COMMANDS)
+    settled = same_settings(exp_dir, runs["own"])
     if choose.random() < 0.1:
         monkeypatch.setattr(os, "fsync", full_disk(choose.randrange(4)))
         done.append("full disk")
     signal.alarm(SECONDS)
     try:
-        result = run(*command_line(name, exp_dir, choose))
+        result = run(*command_line(name, exp_dir))
     finally:
         signal.alarm(0)
         monkeypatch.undo()
-    return f"{seed}: {', '.join(done)}, then {name}", wrong(
-        name, result, exp_dir, before, runs, settled
-    )
+    what = wrong(name, result, exp_dir, before, runs["own"], settled)
+    return f"{seed}: {', '.join(done)}, then {name}", what
 
 
-def wrong(name, result, exp_dir, before, runs, settled):
-    """Return what a round has found, "" if all is as it must be."""
+def removed_by_mistake(name, exp_dir, before):
+    """Return the paths that are gone and that the command was not asked to remove."""
+    removable = "checkpoints/previous.pt|tensorboard/.*"
+    if name == "cleanup":
+        removable = "checkpoints/[01].pt"
+    gone = [str(path.relative_to(exp_dir)) for path in before if not os.path.lexists(path)]
+    return [path for path in gone if not re.fullmatch(removable, path)]
+
+
+def wrong(name, result, exp_dir, before, own, settled):
+    """Return what is wrong after a round, "" if all is as it must be."""
     errors = [line for line in result.err.splitlines() if not line.startswith("warning: ")]
-    gone = {path for path in before if not os.path.lexists(path)}
-    removable = (
-        "checkpoints/[01].pt" if name == "cleanup" else "checkpoints/previous.pt|tensorboard/.*"
-    )
-    gone = [path for path in gone if not re.fullmatch(removable, str(path.relative_to(exp_dir)))]
+    gone = removed_by_mistake(name, exp_dir, before)
     outside = exp_dir.parent / "outside"
-    truth = f"{top1(runs['own']):.2f}"
+    truth = f"{top1(own):.2f}"
     if result.code not in (0, 1, 2):
         return f"exit code {result.code}"
     named = str(exp_dir.parents[1]) in result.err or "no space left" in result.err
@@ -304,13 +268,11 @@ def wrong(name, result, exp_dir, before, runs, settled):
     if outside.exists() and outside.read_text() != "kept":
         return "a file outside was written"
     shown = accuracies_in(name, result, exp_dir)
-    if settled and any(
-        value not in ("", truth) and re.fullmatch(r"[\d.]+", value) for value in shown
-    ):
+    numbers = [value for value in shown if re.fullmatch(r"[\d.]+", value)]
+    if settled and any(value != truth for value in numbers):
         return f"shown: {shown}, not {truth}"
     if settled and name in ("resume", "train") and result.code == 0:
-        ours, theirs = (embeddings_of(path) for path in (exp_dir, runs["own"]))
-        return "" if ours == theirs else "other embeddings"
+        return "" if embeddings_of(exp_dir) == embeddings_of(own) else "other embeddings"
     return ""
 
 
@@ -324,16 +286,16 @@ def embeddings_of(exp_dir):
 def test_any_fault_is_repaired_or_named(runs, tmp_path, monkeypatch, request):
     monkeypatch.setattr(signal, "signal", signal.signal)
     old = signal.signal(signal.SIGALRM, timed_out)
-    found, n = collections.Counter(), 3 * request.config.getoption("--runs")
+    n = 3 * request.config.getoption("--runs")
+    failures = []
     try:
         for seed in range(n):
             folder = tmp_path / str(seed)
             done, what = carry_out(seed, runs, folder, monkeypatch)
             if what:
-                found[what.split("\n")[0]] += 1
-                print(done, "->", what, flush=True)
+                failures.append(f"{done} -> {what}")
             shutil.rmtree(folder)
     finally:
         signal.signal(signal.SIGALRM, old)
-    assert not found, f"{sum(found.values())} of {n} rounds"
+    assert not failures, f"{len(failures)} of {n} rounds:\n" + "\n".join(failures)
     assert contents(runs["own"])  # still whole

@@ -1,5 +1,4 @@
-"""The real command, killed at random moments and given again until it is done: the bits of one that
-was left alone.
+"""The real command, killed at random moments and repeated until it is done, changes no bit.
 
 python -m pytest tests/stress/test_chaos.py --runs 200
 """
@@ -13,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from helpers import ROOT, RUN, contents
 
-# The program with a slow disk: a file is written in ten parts, and flushed for a while. Some kills
-# find half a file.
+# The program with a slow disk: a file is written in ten parts, and flushed for a while, so that
+# some kills leave half a file.
 SLOW = """
 import io, os, sys, time, torch, main
 save, fsync = torch.save, os.fsync
@@ -46,16 +45,19 @@ MOMENTS = (
 
 
 def killed_and_resumed(tiny, finished, folder, seed, kills):
-    """Start runs and kill them, `kills` times in all; each is resumed until it is done and then
-    compared. Returns the moments of the kills, and how many of them left half a file.
+    """Return the moments of `kills` kills, and how many of them left half a file.
+
+    Each run is resumed until it is done and then compared; then the next one starts.
     """
-    choose, moments, halves, n_done = random.Random(seed), [], 0, 0
+    choose = random.Random(seed)
+    moments = []
+    halves = 0
+    n_done = 0
     while True:
         logs = folder / f"{seed}-{n_done}"
         command = [sys.executable, "-c", SLOW, *tiny, "--log_folder", str(logs)]
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, cwd=ROOT, **pipes)
         moment, delay = choose.choice(MOMENTS), choose.uniform(0, 0.5)
         for line in process.stdout:
             if line.startswith(moment) and len(moments) < kills:
@@ -82,9 +84,6 @@ def test_kills_at_random_moments_change_no_bit(tiny, finished, tmp_path, request
             pool.map(lambda seed: killed_and_resumed(tiny, finished, tmp_path, seed, kills), (1, 2))
         )
     moments = [moment for moments, _ in chains for moment in moments]
-    print(
-        {moment: moments.count(moment) for moment in MOMENTS},
-        "half files:",
-        sum(halves for _, halves in chains),
-    )
+    counts = {moment: moments.count(moment) for moment in MOMENTS}
+    print(counts, "half files:", sum(halves for _, halves in chains))
     assert len(moments) == 2 * kills
