@@ -1,5 +1,8 @@
+"""The plain program that benchmarks compare with computes what ours does."""
+
 from functools import partial
 
+import pytest
 import torch
 
 import data
@@ -16,9 +19,7 @@ from patches import Views, sample_patches
 
 
 def test_a_step_is_the_same_as_ours():
-    """From the same weights and patches: losses and the weights after two steps. float64, so that
-    only errors differ.
-    """
+    """Losses and weights after two steps, in float64, from the same weights and patches."""
     hp = Hparams(n_patches=3)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
@@ -32,25 +33,15 @@ def test_a_step_is_the_same_as_ours():
         for step in range(2):
             x = sample_patches(images, 3, generator(0, "t", step=step)).double()
             plain_losses = baseline.train_step(plain, plain_optimizer, x.transpose(0, 1))
-            _, z = ours(x.flatten(0, 1))
-            losses = (
-                loss.invariance_loss(z.unflatten(0, (3, 8))),
-                loss.tcr_loss(z.unflatten(0, (3, 8))),
-            )
+            z = ours(x.flatten(0, 1))[1].unflatten(0, (3, 8))  # (P, B, d)
+            losses = torch.stack([loss.invariance_loss(z), loss.tcr_loss(z)])
             optimizer.zero_grad()
             (200 * losses[0] + losses[1]).backward()
             optimizer.step()
-            torch.testing.assert_close(
-                torch.stack(losses),
-                torch.tensor(plain_losses),
-                rtol=1e-5,
-                atol=1e-5,
-                check_dtype=False,
-            )
-        for (name, a), (_, b) in zip(
-            ours.state_dict().items(), plain.state_dict().items(), strict=True
-        ):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+            assert losses.tolist() == pytest.approx(plain_losses, rel=1e-5, abs=1e-5)
+        expected = plain.state_dict()
+        for name, value in ours.state_dict().items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_its_patches_have_the_moments_of_ours():
@@ -58,9 +49,8 @@ def test_its_patches_have_the_moments_of_ours():
     theirs = torch.cat(list(baseline.loader(images, 50, 20, train=False)))  # (40, 50, 3, 32, 32)
     ours = sample_patches(images, 50, generator(0, "t")).transpose(0, 1)
     assert theirs.shape == ours.shape
-    torch.testing.assert_close(
-        theirs.mean((1, 2, 3, 4)), ours.mean((1, 2, 3, 4)), rtol=0, atol=0.35
-    )
+    means = [x.mean((1, 2, 3, 4)) for x in (theirs, ours)]
+    torch.testing.assert_close(*means, rtol=0, atol=0.35)
     torch.testing.assert_close(theirs.std(), ours.std(), rtol=0.03, atol=0)
 
 
@@ -73,15 +63,13 @@ def test_its_probe_and_encoding_agree_with_ours(monkeypatch):
     images = data.load_images("textures", "", False).images[:6]
     plain, ours = baseline.Encoder("resnet18-tiny", 16, 8), Encoder("resnet18-tiny", 16, 8)
     ours.load_state_dict(plain.state_dict())
-    batches = [
-        sample_patches(images[i : i + 4], 2, generator(0, "encode-t", step=i // 4)) for i in (0, 4)
-    ]
-    monkeypatch.setattr(
-        baseline, "loader", lambda *args, **kwargs: [x.transpose(0, 1) for x in batches]
-    )
+    batches = []
+    for step in range(2):
+        part = images[4 * step : 4 * step + 4]
+        batches.append(sample_patches(part, 2, generator(0, "encode-t", step=step)))
+    theirs = [x.transpose(0, 1) for x in batches]
+    monkeypatch.setattr(baseline, "loader", lambda *args, **kwargs: theirs)
     encoded = baseline.encode(plain, images, 2, bs=4)
     assert encoded.shape == (6, 16)
-    expected = encode.encode(ours, images, Views(2), partial(generator, 0, "encode-t"), bs=4)[
-        "embeddings"
-    ]
-    torch.testing.assert_close(encoded, expected, rtol=1e-4, atol=1e-5)
+    expected = encode.encode(ours, images, Views(2), partial(generator, 0, "encode-t"), bs=4)
+    torch.testing.assert_close(encoded, expected["embeddings"], rtol=1e-4, atol=1e-5)

@@ -1,3 +1,5 @@
+"""LARS against a plain computation in float64, and against torch's SGD."""
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from lars import LARS
 
 
 def plain_lars(params, grads, lr, buffers, momentum, weight_decay, nesterov, eta, clip, eps=1e-8):
-    """One step, tensor by tensor, in the words of DESIGN: returns the new parameters."""
+    """Return the parameters after one step, computed tensor by tensor."""
     new = []
     for p, g, buffer in zip(params, grads, buffers, strict=True):
         if p.dim() > 1:
@@ -28,26 +30,17 @@ def test_ten_steps_equal_the_plain_computation(LARS, nesterov, clip, weight_deca
     shapes = [(4, 3), (4,), (2, 3, 3, 3), (5, 2), (3, 3), (1,)]
     start = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
     start[3].zero_()  # zero weights
-    settings = {
-        "momentum": 0.9,
-        "weight_decay": weight_decay,
-        "nesterov": nesterov,
-        "eta": 0.02,
-        "clip": clip,
-    }
+    settings = dict(momentum=0.9, weight_decay=weight_decay, nesterov=nesterov, eta=0.02, clip=clip)
     ours = [p.clone().requires_grad_() for p in start]
     plain, buffers = start, [torch.zeros_like(p) for p in start]
     optimizer = LARS(ours, lr=0.3, **settings)
-    scales = torch.logspace(
-        -4, 2, 10
-    )  # so that the clip is reached in some steps and not in others
+    # So that the clip is reached in some steps and not in others.
+    scales = torch.logspace(-4, 2, 10)
     for step in range(10):
         lr = 0.3 * (1 - step / 10)
         optimizer.param_groups[0]["lr"] = lr
-        grads = [
-            scales[step] * torch.randn(shape, generator=random, dtype=torch.float64)
-            for shape in shapes
-        ]
+        noise = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
+        grads = [scales[step] * g for g in noise]
         grads[4].zero_()  # zero gradients
         if step == 5:
             grads[0].zero_()
@@ -61,9 +54,7 @@ def test_ten_steps_equal_the_plain_computation(LARS, nesterov, clip, weight_deca
 
 
 def test_vectors_move_as_with_torch_sgd():
-    """1-D tensors get neither the trust ratio nor weight decay, so torch.optim.SGD without decay is
-    the oracle.
-    """
+    """1-D tensors get neither the trust ratio nor weight decay, as torch's SGD without decay."""
     start = torch.randn(7, generator=torch.Generator().manual_seed(0))
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
     optimizers = [
@@ -100,10 +91,12 @@ def test_closure_gets_gradients_and_its_loss_is_returned():
     assert (p < 1).all()
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"lr": -1}, {"momentum": -0.1}, {"weight_decay": -1}, {"nesterov": True, "momentum": 0}],
-)
-def test_wrong_settings_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        LARS([torch.ones(1, requires_grad=True)], **{"lr": 0.1, **wrong})
+def test_wrong_settings_are_refused():
+    for wrong in (
+        {"lr": -1},
+        {"momentum": -0.1},
+        {"weight_decay": -1},
+        {"nesterov": True, "momentum": 0},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            LARS([torch.ones(1, requires_grad=True)], **{"lr": 0.1, **wrong})

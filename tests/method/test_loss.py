@@ -1,3 +1,5 @@
+"""The losses against their formulas as they are written, in float64."""
+
 import math
 
 import pytest
@@ -7,20 +9,21 @@ import torch.nn.functional as F
 from benchmarks import baseline
 from loss import UNIFORMITY, emp_ssl_loss, invariance_loss, tcr_loss, vonmises_loss
 
-SHAPES = [
-    (4, 6, 20),
-    (3, 24, 8),
-    (5, 10, 10),
-    (2, 2, 3),
-]  # (P, B, d): d above B, below, equal, tiny
+# (P, B, d): d above B, below, equal, tiny
+SHAPES = [(4, 6, 20), (3, 24, 8), (5, 10, 10), (2, 2, 3)]
+
+
+def unit_vectors(*shape, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(0)
+    return F.normalize(torch.randn(shape, generator=rng, dtype=dtype), dim=-1)
 
 
 def plain_tcr(z, eps):
     """The formula as it is written: one d x d determinant per patch."""
     _, B, d = z.shape
-    return -torch.stack(
-        [0.5 * torch.logdet(torch.eye(d, dtype=z.dtype) + d / (B * eps) * Z.T @ Z) for Z in z]
-    ).mean()
+    eye = torch.eye(d, dtype=z.dtype)
+    rates = [0.5 * torch.logdet(eye + d / (B * eps) * Z.T @ Z) for Z in z]
+    return -torch.stack(rates).mean()
 
 
 def plain_invariance(z):
@@ -34,29 +37,21 @@ def plain_vonmises(z):
     return torch.stack([torch.exp(-2 * pair) for pair in pairs]).mean().log()
 
 
+PAIRS = {  # our function and the plain one
+    "tcr": (tcr_loss, lambda z: plain_tcr(z, 0.2)),
+    "tcr eps .05": (lambda z: tcr_loss(z, eps=0.05), lambda z: plain_tcr(z, 0.05)),
+    "invariance": (invariance_loss, plain_invariance),
+    "vonmises": (vonmises_loss, plain_vonmises),
+    "baseline tcr": (baseline.tcr_loss, lambda z: plain_tcr(z, 0.2)),
+    "baseline invariance": (baseline.invariance_loss, plain_invariance),
+    "baseline vonmises": (baseline.vonmises_loss, plain_vonmises),
+}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    ("ours", "plain"),
-    [
-        (tcr_loss, lambda z: plain_tcr(z, 0.2)),
-        (lambda z: tcr_loss(z, eps=0.05), lambda z: plain_tcr(z, 0.05)),
-        (invariance_loss, plain_invariance),
-        (vonmises_loss, plain_vonmises),
-        (baseline.tcr_loss, lambda z: plain_tcr(z, 0.2)),
-        (baseline.invariance_loss, plain_invariance),
-        (baseline.vonmises_loss, plain_vonmises),
-    ],
-    ids=[
-        "tcr",
-        "tcr eps .05",
-        "invariance",
-        "vonmises",
-        "baseline tcr",
-        "baseline invariance",
-        "baseline vonmises",
-    ],
-)
-def test_equals_the_plain_formula_in_float64(ours, plain, shape):
+@pytest.mark.parametrize("name", PAIRS)
+def test_equals_the_plain_formula_in_float64(name, shape):
+    ours, plain = PAIRS[name]
     y = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y += 2 * y[:1]  # patches of one image resemble each other
     values, gradients = [], []
@@ -72,14 +67,14 @@ def test_equals_the_plain_formula_in_float64(ours, plain, shape):
 
 @pytest.mark.parametrize("loss", [tcr_loss, vonmises_loss])
 def test_collapsed_is_worse_than_spread(loss):
-    spread = F.normalize(torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    spread = unit_vectors(4, 16, 32)
     collapsed = spread[:, :1].expand_as(spread)
-    half = torch.cat([spread[:, :8], spread[:, :8]], 1)  # two images share each place
+    half = torch.cat([spread[:, :8], spread[:, :8]], 1)  # two images share each embedding
     assert loss(collapsed) > loss(half) + 1e-3 > loss(spread) + 2e-3
 
 
 def test_invariance_is_best_where_the_patches_of_an_image_agree():
-    z = F.normalize(torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    z = unit_vectors(4, 16, 32)
     assert invariance_loss(z[:1].expand_as(z)).item() == pytest.approx(-1)
     assert invariance_loss(z) > -0.7
 
@@ -88,17 +83,12 @@ def test_invariance_is_best_where_the_patches_of_an_image_agree():
     ("name", "plain"), [("tcr", lambda z: plain_tcr(z, 0.05)), ("vonmises", plain_vonmises)]
 )
 def test_the_loss_is_the_weighted_sum_of_its_terms(name, plain):
-    """And with bags, patches 0 and 1 of an image count as patches of two images, and so do 2 and 3."""
-    z = F.normalize(
-        torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
-        dim=-1,
-    )
+    """With two bags, patches 0 and 1 of an image count as patches of two images; so do 2 and 3."""
+    z = unit_vectors(4, 5, 8, dtype=torch.float64)
     assert set(UNIFORMITY) == {"tcr", "vonmises"}
     options = {"eps": 0.05} if name == "tcr" else {}
-    for bags, dealt in (
-        (1, z),
-        (2, torch.stack([torch.cat([z[0], z[1]]), torch.cat([z[2], z[3]])])),
-    ):
+    in_bags = torch.stack([torch.cat([z[0], z[1]]), torch.cat([z[2], z[3]])])  # (2, 10, 8)
+    for bags, dealt in ((1, z), (2, in_bags)):
         total, invariance, uniformity = emp_ssl_loss(
             z, name, invariance_weight=3, uniformity_weight=0.5, bags=bags, **options
         )
@@ -114,7 +104,7 @@ def test_known_values():
 
 
 def test_float32_inside_autocast():
-    z = F.normalize(torch.randn(4, 8, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
+    z = unit_vectors(4, 8, 64)
     with torch.autocast("cpu", torch.bfloat16):
         inside = tcr_loss(z), vonmises_loss(z), invariance_loss(z)
     assert all(value.dtype == torch.float32 for value in inside)
@@ -122,10 +112,12 @@ def test_float32_inside_autocast():
 
 
 @pytest.mark.parametrize("loss", [tcr_loss, vonmises_loss, invariance_loss])
-def test_nan_is_not_hidden_and_wrong_shapes_are_refused(loss):
-    z = F.normalize(torch.randn(2, 4, 8), dim=-1)
-    z[1, 2, 3] = math.nan
-    assert not loss(z).isfinite()
+def test_one_number_that_is_not_finite_shows_and_wrong_shapes_are_refused(loss):
+    z = unit_vectors(2, 4, 8)
+    assert loss(z).isfinite()
+    for value in (math.nan, math.inf):
+        z[1, 2, 3] = value
+        assert not loss(z).isfinite()
     with pytest.raises(ValueError, match="patches, images"):
         loss(z[0])
 

@@ -1,3 +1,5 @@
+"""Muon against a singular value decomposition and steps written out."""
+
 import pytest
 import torch
 
@@ -9,27 +11,23 @@ def test_orthogonalised_keeps_the_singular_vectors_and_levels_the_values(shape):
     M = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
     S = torch.linspace(1, 4, len(S))
-    found = orthogonalised(U @ torch.diag(S) @ Vh)
-    core = U.T @ found @ Vh.T  # diagonal, if the vectors are the same
+    levelled = orthogonalised(U @ torch.diag(S) @ Vh)
+    core = U.T @ levelled @ Vh.T  # diagonal, if the vectors are the same
     assert (core - torch.diag(core.diagonal())).abs().max() < 1e-4
-    assert 0.6 < core.diagonal().min() and core.diagonal().max() < 1.3
-    assert (U @ Vh - found).norm() < 0.35 * (U @ Vh).norm()
-    torch.testing.assert_close(
-        orthogonalised(M, dtype=torch.bfloat16), orthogonalised(M), rtol=0.05, atol=0.02
-    )
+    assert 0.6 < core.diagonal().min()
+    assert core.diagonal().max() < 1.3
+    assert (U @ Vh - levelled).norm() < 0.35 * (U @ Vh).norm()
+    low = orthogonalised(M, dtype=torch.bfloat16)
+    torch.testing.assert_close(low, orthogonalised(M), rtol=0.05, atol=0.02)
     assert not orthogonalised(torch.zeros(shape)).any()
 
 
 def test_two_steps_written_out():
-    """A matrix as a convolution has it, which keeps its length, a bias, and a matrix of zeros,
-    whose first step has length lr.
-    """
+    """A convolution keeps its length; a bias; the first step from zeros has length lr."""
     random = torch.Generator().manual_seed(0)
-    values = [
-        torch.randn(6, 2, 3, 3, generator=random),
-        torch.randn(6, generator=random),
-        torch.zeros(3, 4),
-    ]
+    convolution = torch.randn(6, 2, 3, 3, generator=random)
+    bias = torch.randn(6, generator=random)
+    values = [convolution, bias, torch.zeros(3, 4)]
     grads = [[torch.randn(value.shape, generator=random) for value in values] for _ in range(2)]
     params = [torch.nn.Parameter(value.clone()) for value in values]
     optimizer = Muon(params, lr=0.1, momentum=0.9, lr_1d=3.0)
@@ -54,9 +52,7 @@ def test_two_steps_written_out():
 
 
 def test_a_quadratic_is_solved():
-    """Of a matrix whose gradient is a thousand times longer in one direction, which orthogonalising
-    levels.
-    """
+    """One direction of the gradient is a thousand times longer, which orthogonalising levels."""
     target, scale = torch.eye(4), torch.tensor([1000.0, 1.0, 1.0, 1.0])
     p = torch.nn.Parameter(torch.ones(4, 4) / 2)
     optimizer = Muon([p], lr=0.2)
