@@ -1,3 +1,6 @@
+"""Encoding, the linear probe, kNN and collapse, against plain loops and known sets."""
+
+import itertools
 import math
 from functools import partial
 
@@ -8,7 +11,19 @@ import torch.nn.functional as F
 import data
 import patches
 from encode import Output, encode
-from evaluate import LRS, Fit, accuracy, knn, linear_probe
+from evaluate import (
+    FEW_DIMENSIONS,
+    LRS,
+    Fit,
+    accuracy,
+    alignment,
+    collapse_metrics,
+    collapse_warning,
+    effective_rank,
+    knn,
+    linear_probe,
+    uniformity,
+)
 from infra.device import generator
 from model import Encoder
 from patches import Views
@@ -38,22 +53,16 @@ def test_encode_is_the_mean_over_the_patches_of_each_image(encoder, images):
     rng = partial(generator, 5, "encode-test")
     pooled = encode(encoder, images, Views(3), rng, bs=4, output=Output(save_proj=True))
     encoder.eval()
-    for start in (0, 4, 8):  # the last batch holds two images
-        sampled = patches.sample_patches(
-            images[start : start + 4], 3, generator(5, "encode-test", step=start // 4)
-        )
+    for step in range(3):  # the last batch holds two images
+        part = images[4 * step : 4 * step + 4]
+        sampled = patches.sample_patches(part, 3, generator(5, "encode-test", step=step))
         for b in range(sampled.shape[1]):
             with torch.no_grad():
                 h, z = encoder(sampled[:, b])
-            torch.testing.assert_close(
-                pooled["embeddings"][start + b], h.mean(0), rtol=1e-4, atol=1e-5
-            )
-            torch.testing.assert_close(
-                pooled["features"][start + b].float(), h, rtol=2e-3, atol=1e-3
-            )
-            torch.testing.assert_close(
-                pooled["projections"][start + b].float(), z, rtol=2e-3, atol=1e-3
-            )
+            i = 4 * step + b
+            torch.testing.assert_close(pooled["embeddings"][i], h.mean(0), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(pooled["features"][i].float(), h, rtol=2e-3, atol=1e-3)
+            torch.testing.assert_close(pooled["projections"][i].float(), z, rtol=2e-3, atol=1e-3)
     assert pooled["features"].shape == (10, 3, 16)
     by_proj = encode(encoder, images, Views(3), rng, bs=4, output=Output("proj"))["embeddings"]
     torch.testing.assert_close(by_proj, pooled["projections"].float().mean(1), rtol=2e-3, atol=1e-3)
@@ -61,24 +70,24 @@ def test_encode_is_the_mean_over_the_patches_of_each_image(encoder, images):
 
 def test_parts_of_a_grid_stand_side_by_side(encoder, images):
     """Each part of a 4 x 4 grid is the mean of its own views, here of the means of both stages."""
-    embeddings = encode(
-        encoder, images, Views(16, "grid"), lambda step: None, output=Output("stages", pool_grid=2)
-    )["embeddings"]
-    views = patches.sample_views(images, Views(16, "grid"), None)  # (16, B, 3, S, S), row by row
+    grid = Views(16, "grid")
+    output = Output("stages", pool_grid=2)
+    encoded = encode(encoder, images, grid, lambda step: None, output=output)
+    views = patches.sample_views(images, grid, None)  # (16, B, 3, S, S), row by row
     encoder.eval()
+    means = []
+    encoder.backbone.layer1.register_forward_hook(
+        lambda layer, args, out: means.append(out.mean((2, 3)))
+    )
     parts = []
-    for rows in ((0, 1), (2, 3)):
-        for columns in ((0, 1), (2, 3)):
-            x = torch.stack([views[4 * i + j] for i in rows for j in columns])
-            with torch.no_grad():
-                seen = []
-                hook = encoder.backbone.layer1.register_forward_hook(
-                    lambda *args, seen=seen: seen.append(args[2].mean((2, 3)))
-                )
-                last = encoder.backbone(x.flatten(0, 1))
-                hook.remove()
-                parts += [torch.cat([seen[0], last], 1).unflatten(0, x.shape[:2]).mean(0)]
-    torch.testing.assert_close(embeddings, torch.cat(parts, 1), rtol=1e-4, atol=1e-5)
+    for rows, columns in itertools.product(((0, 1), (2, 3)), repeat=2):
+        x = torch.stack([views[4 * i + j] for i in rows for j in columns])  # (4, B, 3, S, S)
+        with torch.no_grad():
+            last = encoder.backbone(x.flatten(0, 1))
+        stages = torch.cat([means.pop(), last], 1)
+        parts.append(stages.unflatten(0, x.shape[:2]).mean(0))
+    expected = torch.cat(parts, 1)
+    torch.testing.assert_close(encoded["embeddings"], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -94,33 +103,26 @@ def test_encode_leaves_the_encoder_as_it_was(encoder, images, training):
 
 def test_encode_tunes_no_kernels(encoder, images, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    seen = []
-    encoder.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.benchmark))
-    encoder.backbone.register_forward_pre_hook(
-        lambda *_: seen.append(torch.backends.cudnn.benchmark)
-    )
+    tuned = []
+    for module in (encoder, encoder.backbone):
+        module.register_forward_pre_hook(lambda *_: tuned.append(torch.backends.cudnn.benchmark))
     encode(encoder, images, Views(1), partial(generator, 0, "t"), bs=4)
-    assert seen == [False] * 3
+    assert tuned == [False] * 3
     assert torch.backends.cudnn.benchmark
 
 
 def test_linear_probe_learns_and_reports_last_and_best():
-    result, layer = linear_probe(
-        *blobs(300, 0), *blobs(101, 1), n_classes=3, fit=Fit(lr=0.1, n_epochs=5, bs=32)
-    )
+    train, test = blobs(300, 0), blobs(101, 1)
+    fit = Fit(lr=0.1, n_epochs=5, bs=32)
+    result, layer = linear_probe(*train, *test, 3, fit)
     assert result["top1"] > 99
     assert result["top5"] == 100
-    assert (
-        [result["top1"], result["top5"]]
-        == result["per_epoch"][-1]
-        == accuracy(layer, *blobs(101, 1))
-    )
-    assert result["train_top1"] == accuracy(layer, *blobs(300, 0))[0]
+    assert result["per_epoch"][-1] == [result["top1"], result["top5"]]
+    assert result["per_epoch"][-1] == accuracy(layer, *test)
+    assert result["train_top1"] == accuracy(layer, *train)[0]
     assert result["best_top1"] == max(top1 for top1, _ in result["per_epoch"])
     assert result["per_epoch"][result["best_epoch"]][0] == result["best_top1"]
-    again, other = linear_probe(
-        *blobs(300, 0), *blobs(101, 1), n_classes=3, fit=Fit(lr=0.1, n_epochs=5, bs=32)
-    )
+    again, other = linear_probe(*train, *test, 3, fit)
     assert again == result
     assert torch.equal(layer.weight, other.weight)
 
@@ -129,51 +131,46 @@ def test_standardized_dimensions_are_scaled_for_the_fit_and_the_layer_takes_them
     """A dimension that is a thousand times as large as the others, and shifted, changes nothing."""
     (x, y), (x_test, y_test) = blobs(300, 0), blobs(101, 1)
     fit = Fit(lr=0.1, n_epochs=5, bs=32, standardize=True)
+    plain_fit = fit._replace(standardize=False)
     mean, std = x.mean(0), x.std(0, correction=0)
-    expected, _ = linear_probe(
-        (x - mean) / std, y, (x_test - mean) / std, y_test, 3, fit._replace(standardize=False)
-    )
-    scale, shift = torch.ones(x.shape[1]), torch.zeros(x.shape[1])
-    scale[0], shift[0] = 1000, 5000
-    found, layer = linear_probe(x * scale + shift, y, x_test * scale + shift, y_test, 3, fit)
-    assert found["per_epoch"] == expected["per_epoch"]
-    assert accuracy(layer, x_test * scale + shift, y_test) == found["per_epoch"][-1]
-    constant, _ = linear_probe(
-        F.pad(x, (0, 1), value=3), y, F.pad(x_test, (0, 1), value=3), y_test, 3, fit
-    )
+    unit, unit_test = ((rows - mean) / std for rows in (x, x_test))
+    expected, _ = linear_probe(unit, y, unit_test, y_test, 3, plain_fit)
+    scale, shift = torch.tensor([1000.0, 1.0]), torch.tensor([5000.0, 0.0])
+    large, large_test = (rows * scale + shift for rows in (x, x_test))
+    result, layer = linear_probe(large, y, large_test, y_test, 3, fit)
+    assert result["per_epoch"] == expected["per_epoch"]
+    assert accuracy(layer, large_test, y_test) == result["per_epoch"][-1]
+    padded, padded_test = (F.pad(rows, (0, 1), value=3) for rows in (x, x_test))
+    constant, _ = linear_probe(padded, y, padded_test, y_test, 3, fit)
     assert constant["per_epoch"] == expected["per_epoch"]
 
 
 def test_linear_probe_equals_steps_written_out():
-    """The gradient of softmax regression by hand, two epochs, against the probe; 45 rows, so the
-    last batch is short.
-    """
+    """Two epochs with the gradient of softmax regression by hand; the last batch holds 5 rows."""
     (x, y), lr, wd = blobs(45, 0), 0.05, 0.01
     W, velocity = torch.zeros(3, 3), torch.zeros(3, 3)  # the bias is the last column
     ones = torch.cat([x, torch.ones(45, 1)], 1)
     for epoch in range(2):
         order = torch.randperm(45, generator=generator(7, "probe", epoch))
-        for start in range(0, 45, 20):
-            rows = order[start : start + 20]
+        for rows in order.split(20):
             error = (ones[rows] @ W.T).softmax(1) - F.one_hot(y[rows], 3)
             velocity = 0.9 * velocity + error.T @ ones[rows] / len(rows) + wd * W
             W = W - lr * (1 + math.cos(math.pi * epoch / 2)) / 2 * velocity
-    _, layer = linear_probe(x, y, x, y, 3, Fit(lr, n_epochs=2, bs=20, weight_decay=wd, seed=7))
-    torch.testing.assert_close(
-        torch.cat([layer.weight, layer.bias[:, None]], 1).detach(), W, rtol=1e-4, atol=1e-6
-    )
-    _, layer = linear_probe(
-        x, y, x, y, 3, Fit(lr, n_epochs=2, bs=20, weight_decay=wd, seed=7, bf16=True)
-    )
-    error = torch.cat([layer.weight, layer.bias[:, None]], 1) - W
+    fit = Fit(lr, n_epochs=2, bs=20, weight_decay=wd, seed=7)
+
+    def fitted(fit):
+        _, layer = linear_probe(x, y, x, y, 3, fit)
+        return torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
+
+    torch.testing.assert_close(fitted(fit), W, rtol=1e-4, atol=1e-6)
+    error = fitted(fit._replace(bf16=True)) - W
     assert 0 < error.norm() < 1e-2 * W.norm()
 
 
 def test_linear_probe_chooses_its_rate_on_a_held_out_tenth_and_never_on_the_test_images():
     (x, y), (x_test, y_test) = blobs(400, 0), blobs(50, 1)
-    x = 0.1 * x + 0.15 * torch.randn(
-        400, 2, generator=torch.Generator().manual_seed(2)
-    )  # small: the greater rates learn more
+    # Small, so that the greater rates learn more.
+    x = 0.1 * x + 0.15 * torch.randn(400, 2, generator=torch.Generator().manual_seed(2))
     fit = Fit(n_epochs=2, bs=20, seed=3)
     result, layer = linear_probe(x, y, x_test, y_test, 3, fit)
     order = torch.randperm(400, generator=generator(3, "held-out"))
@@ -189,17 +186,20 @@ def test_linear_probe_chooses_its_rate_on_a_held_out_tenth_and_never_on_the_test
     shuffled, other = linear_probe(x, y, x_test, y_test[torch.randperm(50)], 3, fit)
     assert (shuffled["lr"], shuffled["held_out"]) == (result["lr"], result["held_out"])
     assert torch.equal(layer.weight, other.weight)
-    tied, _ = linear_probe(*blobs(400, 0), x_test, y_test, 3, fit._replace(n_epochs=20))
-    assert (
-        list(tied["held_out"].values()).count(100) > 2
-    )  # on an easy set several rates are right throughout
+
+
+def test_linear_probe_chooses_the_middle_rate_when_rates_tie_or_rows_are_few():
+    (x, y), test = blobs(400, 0), blobs(50, 1)
+    fit = Fit(n_epochs=20, bs=20, seed=3)
+    tied, _ = linear_probe(x, y, *test, 3, fit)
+    assert list(tied["held_out"].values()).count(100) > 2
     assert tied["lr"] == 0.0075
-    few, _ = linear_probe(x[:9], y[:9], x_test, y_test, 3, fit)
+    few, _ = linear_probe(x[:9], y[:9], *test, 3, fit._replace(n_epochs=2))
     assert (few["lr"], few["held_out"]) == (0.0075, {})
 
 
 @pytest.mark.parametrize(("views", "n"), [("crops", 3), ("grid", 4), ("augmented", 3)])
-def test_encode_takes_the_views_and_the_size_that_it_is_told(encoder, images, views, n):
+def test_encode_takes_views_of_each_kind_and_size(encoder, images, views, n):
     encoder.eval()
     views = Views(n, views, 16)
     pooled = encode(encoder, images, views, partial(generator, 1, "encode-t"), bs=10)["embeddings"]
@@ -210,13 +210,10 @@ def test_encode_takes_the_views_and_the_size_that_it_is_told(encoder, images, vi
 
 
 def test_accuracy_counts_every_row():
-    layer = torch.nn.Identity()
-    logits = torch.eye(7)[[0, 1, 2, 3, 4, 5, 6]] + 0.01 * torch.arange(
-        7.0, 0, -1
-    )  # second choices: 0, 1, 2, ...
-    assert accuracy(layer, logits, torch.tensor([0, 1, 2, 6, 0, 0, 6])) == pytest.approx(
-        [100 * 4 / 7, 100 * 6 / 7]
-    )
+    logits = torch.eye(7) + 0.01 * torch.arange(7.0, 0, -1)  # second choices: 0, 1, 2, ...
+    labels = torch.tensor([0, 1, 2, 6, 0, 0, 6])
+    expected = [100 * 4 / 7, 100 * 6 / 7]
+    assert accuracy(torch.nn.Identity(), logits, labels) == pytest.approx(expected)
 
 
 def test_knn_equals_a_plain_loop():
@@ -232,3 +229,47 @@ def test_knn_equals_a_plain_loop():
                 votes[y[i]] += math.exp(cosine[i] / 0.07)
             hits += votes.index(max(votes)) == truth
         assert knn(x, y, x_test, y_test, 3, k=k, chunk=7) == pytest.approx(100 * int(hits) / 31)
+
+
+def test_the_effective_rank_is_the_entropy_of_the_singular_values():
+    x = torch.randn(40, 12, generator=generator(0, "t")) @ torch.diag(torch.linspace(0.1, 3, 12))
+    for rows in (x, x.T):  # wide and tall
+        values = torch.linalg.svdvals(rows.double())
+        p = (values / values.sum()).tolist()
+        entropy = -sum(q * math.log(q) for q in p)
+        assert effective_rank(rows) == pytest.approx(math.exp(entropy), rel=1e-6)
+
+
+def test_the_effective_rank_of_known_sets():
+    assert effective_rank(torch.eye(16)) == pytest.approx(16)
+    assert effective_rank(torch.ones(30, 8)) == pytest.approx(1, abs=1e-3)
+    two = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).repeat(10, 1)
+    assert effective_rank(two) == pytest.approx(2)
+    assert effective_rank(torch.zeros(4, 3)) == 1
+
+
+def test_alignment_and_uniformity_are_those_of_a_loop():
+    z = F.normalize(torch.randn(7, 3, 5, generator=generator(1, "t")), dim=2)
+    distances = []
+    for n in range(7):
+        for i, j in itertools.permutations(range(3), 2):
+            distances.append((z[n, i] - z[n, j]).square().sum().item())
+    assert alignment(z) == pytest.approx(sum(distances) / len(distances), rel=1e-5)
+    rows = z[:, 0]
+    near = [math.exp(-2 * (a - b).square().sum()) for a, b in itertools.combinations(rows, 2)]
+    assert uniformity(rows) == pytest.approx(math.log(sum(near) / len(near)), rel=1e-5)
+    assert uniformity(torch.ones(1, 4)) == 0
+
+
+def test_a_collapsed_set_scores_worse_than_a_spread_one():
+    spread = F.normalize(torch.randn(200, 4, 32, generator=generator(2, "t")), dim=2)
+    same = F.normalize(spread * 0.01 + 1, dim=2)
+    good, bad = (collapse_metrics(z[:, 0], z) for z in (spread, same))
+    assert good["rank"] > 25
+    assert bad["rank"] < FEW_DIMENSIONS
+    assert good["uniformity"] < -3 < -0.1 < bad["uniformity"] <= 0
+    assert bad["alignment"] < 0.01 < good["alignment"] <= 4
+    assert not collapse_warning(good)
+    assert "invariance_loss_weight" in collapse_warning(bad)
+    assert collapse_warning({**good, "uniformity": -0.001})
+    assert collapse_warning({**good, "rank": 4.9})

@@ -1,20 +1,42 @@
+"""The encoder against torchvision and timm, its parts, and weights to start from."""
+
+import copy
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from helpers import RUN, refused, resume, run
 from torch import nn
 
+from encode import encode
+from experiment import Run
+from hparams import Hparams
+from infra import files
+from infra.device import generator
 from infra.errors import UsageError
-from model import BACKBONES, Conv3x3, Encoder, build_backbone, fold_batch_norm
+from model import (
+    BACKBONES,
+    Conv3x3,
+    Encoder,
+    build_backbone,
+    fold_batch_norm,
+    stage_dim,
+    stage_means,
+)
+from patches import Views
+from weights import load_backbone
+
+X = torch.randn(3, 3, 32, 32, generator=generator(0, "t"))
 
 
 @pytest.mark.parametrize("arch", BACKBONES)
 def test_shapes_and_unit_vectors(arch):
     encoder = Encoder(arch, h_dim=24, z_dim=12)
     backbone, feature_dim = build_backbone(arch)
-    assert feature_dim == {"resnet18-mini": 256, "resnet18-tiny": 128}.get(
-        arch, 2048 if "50" in arch else 512
-    )
+    small = {"resnet18-mini": 256, "resnet18-tiny": 128}
+    assert feature_dim == small.get(arch, 2048 if "50" in arch else 512)
     for size in (32, 48):
         x = torch.randn(3, 3, size, size)
         assert backbone(x).shape == (3, feature_dim)
@@ -34,68 +56,74 @@ def test_shapes_and_unit_vectors(arch):
     ],
 )
 def test_resolution_after_the_stem_and_before_the_pooling(arch, stem, last):
-    seen, backbone = [], build_backbone(arch)[0]
+    sizes, backbone = [], build_backbone(arch)[0]
     for module in (backbone.layer1, backbone.avgpool):
-        module.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2:]))
+        module.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-2:]))
     backbone(torch.randn(2, 3, 32, 32))
-    assert seen == [(stem, stem), (last, last)]
+    assert sizes == [(stem, stem), (last, last)]
 
 
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("arch", ["resnet18-imagenet", "resnet18-tinyimagenet"])
 def test_torchvision_loads_the_imagenet_backbone_strictly_and_computes_the_same(arch, size):
-    """At 32 pixels layer3 works on 2x2 and layer4 on a single one, where our 3x3 convolution takes
-    its short cut.
-    """
+    """At 32 pixels the feature maps of the last layers are 2x2 and 1x1, which Conv3x3 is for."""
     ours, theirs = build_backbone(arch)[0], torchvision.models.resnet18()
     theirs.fc = nn.Identity()
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    x, grads = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)), []
+    x = torch.randn(4, 3, size, size, generator=generator(0, "t"))
     outputs = [network(x) for network in (ours, theirs)]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    grads = []
     for network, output in zip((ours, theirs), outputs, strict=True):
         output.square().mean().backward()
         grads.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
     assert (grads[0] - grads[1]).norm() < 1e-3 * grads[1].norm()
 
 
+@pytest.mark.parametrize("name", ["resnet34", "resnet50"])
+def test_resnets_equal_torchvisions(name):
+    theirs = torchvision.models.get_model(name)
+    theirs.fc = nn.Identity()
+    ours, dim = build_backbone(f"{name}-imagenet")
+    assert dim == ours.eval()(X).shape[1] == stage_means(ours, X).shape[1] - stage_dim(ours) + dim
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(X), theirs.eval()(X), rtol=1e-3, atol=1e-4)
+    assert any(isinstance(module, Conv3x3) for module in ours.modules())
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    ours, _ = build_backbone(f"{name}-cifar")
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours.eval()(X[:1]), theirs.eval()(X[:1]), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2)])
-def test_few_pixels_are_convolved_as_many_are(size, stride):
+def test_few_pixels_are_convolved_as_many_are(stride):
     plain = nn.Conv2d(8, 6, 3, stride, padding=1, bias=False).double()
-    x, grads = torch.randn(5, 8, *size, dtype=torch.float64, requires_grad=True), []
-    ours = Conv3x3(plain)
-    torch.testing.assert_close(ours(x), plain(x))
-    for conv in (ours, plain):
-        grads.append(torch.autograd.grad(conv(x).square().sum(), [x, plain.weight]))
-    torch.testing.assert_close(*grads)
-    ours.bias = nn.Parameter(torch.randn(6, dtype=torch.float64))
-    torch.testing.assert_close(ours(x), plain(x) + ours.bias[:, None, None])
+    with_bias = copy.deepcopy(plain)
+    with_bias.bias = nn.Parameter(torch.randn(6, dtype=torch.float64))
+    for size in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 2)):
+        x = torch.randn(5, 8, *size, dtype=torch.float64, requires_grad=True)
+        ours = Conv3x3(plain)
+        torch.testing.assert_close(ours(x), plain(x))
+        losses = [conv(x).square().sum() for conv in (ours, plain)]
+        grads = [torch.autograd.grad(loss, [x, plain.weight]) for loss in losses]
+        torch.testing.assert_close(*grads)
+        ours.bias = with_bias.bias
+        torch.testing.assert_close(ours(x), with_bias(x))
 
 
 def test_heads():
-    """h and z from the published layers, written out; batch norm and activation are options of both
-    heads.
-    """
-    x = torch.randn(6, 3, 32, 32)
-    encoder = Encoder(
-        "resnet18-tiny", h_dim=10, z_dim=4, activation="tanh", batch_norm=False
-    ).eval()
-    (w0, b0), (w1, b1), (w2, b2) = (
-        (m.weight, m.bias) for m in encoder.modules() if isinstance(m, nn.Linear)
-    )
-    h = torch.tanh(F.linear(encoder.backbone(x), w0, b0))
+    """h and z from the published layers, written out, with and without the options."""
+    encoder = Encoder("resnet18-tiny", h_dim=10, z_dim=4, activation="tanh", batch_norm=False)
+    encoder.eval()
+    linear = [m for m in encoder.modules() if isinstance(m, nn.Linear)]
+    (w0, b0), (w1, b1), (w2, b2) = ((m.weight, m.bias) for m in linear)
+    h = torch.tanh(F.linear(encoder.backbone(X), w0, b0))
     z = F.linear(torch.tanh(F.linear(h, w1, b1)), w2, b2)
-    torch.testing.assert_close(encoder(x)[0], h)
-    torch.testing.assert_close(encoder(x)[1], z / z.norm(dim=1, keepdim=True))
-    names = [
-        type(m).__name__
-        for m in [
-            *Encoder("resnet18-tiny", 10, 4).features,
-            *Encoder("resnet18-tiny", 10, 4).projection,
-        ]
-    ]
-    assert names == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    torch.testing.assert_close(encoder(X)[0], h)
+    torch.testing.assert_close(encoder(X)[1], z / z.norm(dim=1, keepdim=True))
+    normalised = Encoder("resnet18-tiny", 10, 4)
+    names = [type(m).__name__ for m in [*normalised.features, *normalised.projection]]
+    assert names == "Linear BatchNorm1d ReLU Linear BatchNorm1d ReLU Linear".split()
 
 
 @pytest.mark.parametrize("arch", BACKBONES)
@@ -110,18 +138,150 @@ def test_folding_batch_norm_changes_nothing_but_the_layers(arch):
                 tensor.uniform_(-1, 1)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     encoder.double()  # so that rounding, which differs between processors, does not count
-    folded, x = fold_batch_norm(encoder), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    folded, x = fold_batch_norm(encoder), X.double()
     assert encoder.training
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
     for ours, plain in zip(folded(x), encoder.eval()(x), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-8, atol=1e-8)
     assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in folded.modules())
+
+
+def test_without_batch_norm_there_is_nothing_to_fold_in_the_heads():
     unnormalised = fold_batch_norm(Encoder("resnet18-tiny", 8, 4, batch_norm=False))
-    assert unnormalised(x.float())[0].shape == (3, 8)
+    assert unnormalised(X)[0].shape == (3, 8)
 
 
-def test_wrong_names_are_refused():
-    with pytest.raises(UsageError, match="resnet50"):
-        build_backbone("resnet50")
+def test_timms_resnet18_equals_torchvisions():
+    timm = pytest.importorskip("timm")
+    weights = torchvision.models.resnet18().state_dict()
+    del weights["fc.weight"], weights["fc.bias"]
+    ours, theirs = Encoder("timm/resnet18", 8, 4), Encoder("resnet18-imagenet", 8, 4)
+    for encoder in (ours, theirs):
+        encoder.backbone.load_state_dict(weights)
+        encoder.features.load_state_dict(theirs.features.state_dict())
+    torch.testing.assert_close(ours.eval()(X)[0], theirs.eval()(X)[0], rtol=1e-4, atol=1e-5)
+    model = timm.create_model("resnet18", num_classes=0).eval()
+    model.load_state_dict(ours.backbone.state_dict())
+    torch.testing.assert_close(ours.backbone(X), model(X))
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
+def test_models_of_timm_encode_as_they_are(name):
+    """Their batch norms, which may include the activation, are not folded.
+
+    A transformer is built for the size of the patches.
+    """
+    pytest.importorskip("timm")
+    encoder = Encoder(f"timm/{name}", 8, 4)
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator(1, "t"))
+    # Moves the statistics of batch norm from their first values.
+    encoder(torch.randn(16, 3, 32, 32))
+    embeddings = encode(encoder, images, Views(1, "grid"), lambda step: None)["embeddings"]
+    crop = images[:, :, 8:24, 8:24].float() / 127.5 - 1
+    x = F.interpolate(crop, size=(32, 32), mode="bilinear")
+    torch.testing.assert_close(embeddings, encoder.eval()(x)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_of_timm_from_start_to_export(tiny, tmp_path):
+    for package in ("timm", "safetensors", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    exp_dir = tmp_path / RUN
+    options = "--arch timm/resnet10t --n_epochs 1 --log_folder".split()
+    assert run(*tiny, *options, tmp_path).code == 0
+    result = resume(exp_dir)
+    assert result.code == 0
+    assert "top-1" in result.out
+    for kind in ("onnx", "onnx --head", "safetensors --head", "torchvision"):
+        assert run("export", "--exp_dir", exp_dir, "--format", *kind.split()).code == 0
+    hp = Run(exp_dir).read_hparams()
+    encoder = Encoder(hp.arch, hp.h_dim, hp.z_dim, size=16)
+    encoder.load_state_dict(files.read_pt(exp_dir / "checkpoints" / "last.pt")["encoder"])
+    encoder.eval()
+    x = X[:, :, :16, :16].contiguous()
+    for name, expected in (("backbone", encoder.backbone(x)), ("encoder", encoder(x)[0])):
+        session = onnxruntime.InferenceSession(exp_dir / "export" / f"{name}.onnx")
+        (output,) = session.run(None, {"images": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-3, atol=1e-4)
+    assert fold_batch_norm(encoder).backbone.bn1.weight is not None
+
+
+def test_wrong_names_and_settings_are_refused(monkeypatch):
+    pytest.importorskip("timm")
+    for arguments, words in (
+        (["resnet50"], "resnet50"),
+        (["timm/none"], "has no model 'none'"),
+        (["timm/vit_tiny_patch16_224", 8], "can't be used for 8 pixels"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            build_backbone(*arguments)
     with pytest.raises(UsageError, match="gelu"):
         Encoder("resnet18-tiny", 8, 8, activation="gelu")
+    for values, words in (
+        ({"weights": "timm"}, "weights timm"),
+        ({"arch": "timm/resnet18", "emb_pool": "stages"}, "emb_pool"),
+        ({"arch": "resnet99"}, "or timm/NAME"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            Hparams(**values)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UsageError, match="pip install timm"):
+        build_backbone("timm/resnet18")
+
+
+def test_weights_to_start_from(tmp_path, caplog):
+    theirs = torchvision.models.resnet18()
+    weights = theirs.state_dict()
+    torch.save(weights, tmp_path / "theirs.pt")
+    caplog.set_level("INFO")
+    whole = Encoder("resnet18-imagenet", 8, 4)
+    load_backbone(whole, tmp_path / "theirs.pt")
+    loaded = whole.backbone.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.items())
+    assert "120 of the 120 tensors" in caplog.text
+    assert "not used: fc.weight (1000, 512), fc.bias (1000,)" in caplog.text
+    caplog.clear()
+    small = Encoder("resnet18-cifar", 8, 4)
+    first = copy.deepcopy(small.backbone.conv1.weight)
+    load_backbone(small, tmp_path / "theirs.pt")
+    assert torch.equal(small.backbone.conv1.weight, first)
+    assert torch.equal(small.backbone.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
+    assert "119 of the 120 tensors" in caplog.text
+    assert "random, since it has none that fit: conv1.weight" in caplog.text
+    assert "conv1.weight (64, 3, 7, 7)" in caplog.text
+
+    torch.save({"other": torch.ones(2)}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    not_finite = {name: value * torch.nan for name, value in weights.items()}
+    torch.save(not_finite, tmp_path / "nan.pt")
+    for name, words in (
+        ("other", "no tensor of it fits"),
+        ("text", "can't be read"),
+        ("none", "can't be read"),
+        ("nan", "not finite"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            load_backbone(small, tmp_path / f"{name}.pt")
+
+
+def test_a_run_that_starts_from_the_export_or_the_checkpoint_of_another(
+    tiny, finished, copy, tmp_path
+):
+    pytest.importorskip("safetensors")
+    theirs = files.read_pt(finished / "checkpoints" / "last.pt")["encoder"]
+    for kind in ("torchvision", "safetensors"):
+        assert run("export", "--exp_dir", copy, "--format", kind).code == 0
+    command = [*tiny, *"--n_epochs 0 --seed 7 --log_folder".split()]
+    for file in ("export/backbone.pt", "export/backbone.safetensors", "checkpoints/last.pt"):
+        logs = tmp_path / file
+        result = run(*command, logs, "--weights", copy / file)
+        assert result.code == 0, result.err
+        assert "tensors of the backbone are from" in result.out
+        assert "random" not in result.out
+        ours = files.read_pt(logs / f"{RUN}_seed7" / "checkpoints" / "last.pt")["encoder"]
+        for name in ours:
+            if "weight" in name and ours[name].ndim > 1:
+                assert torch.equal(ours[name], theirs[name]) == name.startswith("backbone.")
+    none = tmp_path / "none"
+    assert refused(run(*command, none, "--weights", none), 2, "weights")
