@@ -1,7 +1,5 @@
 """The patches against torchvision and Pillow, and the views."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -16,28 +14,9 @@ from infra.device import generator
 from patches import Views
 
 FLAT = [(0, 0, 0), (255, 255, 255), (1, 1, 1), (127, 127, 127), (128, 128, 128), (128, 127, 129)]
-
-
 SATURATED = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 255, 255), (255, 0, 255), (255, 255, 0)]
-
-
-def flat_images(colours):
-    return torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, 32, 32)
-
-
-def through_pil(function, image, *values):
-    """Apply a torchvision function to a uint8 tensor as a PIL image; returns float32, 0 to 255."""
-    return TF.pil_to_tensor(function(TF.to_pil_image(image), *values)).float()
-
-
 FACTORS = torch.linspace(0.6, 1.4, 7).tolist()
-
-
-SHIFTS = [
-    k / 255 for k in (-50.5, -30.5, -7.5, 0, 9.5, 22.5, 50.5)
-]  # Pillow shifts by int(255 * shift)
-
-
+SHIFTS = [k / 255 for k in (-50.5, -30.5, -7.5, 0, 9.5, 22.5, 50.5)]  # Pillow: int(255 * shift)
 TORCHVISION = {
     "brightness": TF.adjust_brightness,
     "contrast": TF.adjust_contrast,
@@ -49,10 +28,18 @@ TORCHVISION = {
 }
 
 
+def flat_images(colours):
+    return torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, 32, 32)
+
+
+def through_pil(function, image, *values):
+    """Apply a torchvision function to a uint8 tensor as a PIL image; return float32, 0 to 255."""
+    return TF.pil_to_tensor(function(TF.to_pil_image(image), *values)).float()
+
+
 def mapped(operation):
-    return lambda x, factor: patches.map_colours(
-        x, *patches.colour_map(torch.tensor(operation), factor)
-    )
+    code = torch.tensor(operation)
+    return lambda x, factor: patches.map_colours(x, *patches.colour_map(code, factor))
 
 
 @pytest.mark.parametrize(
@@ -68,16 +55,14 @@ def mapped(operation):
     ],
 )
 def test_augmentations_equal_torchvisions(name, ours, values):
-    images = torch.cat([pictures(12), flat_images(FLAT + SATURATED)]).repeat_interleave(
-        len(values), 0
-    )
-    values = values * (len(images) // len(values))  # each row its own
+    images = torch.cat([pictures(12), flat_images(FLAT + SATURATED)])
+    images = images.repeat_interleave(len(values), 0)  # each image with each value
+    values = values * (len(images) // len(values))
     result = ours(images / 255, torch.tensor(values)) * 255
     rows = list(zip(images, values, strict=True))
     error = (result - torch.stack([through_pil(TORCHVISION[name], *row) for row in rows])).abs()
-    if (
-        name == "hue"
-    ):  # which Pillow rounds to whole 255ths of a turn, each up to 6 levels of a channel
+    if name == "hue":
+        # Pillow rounds to whole 255ths of a turn, each up to 6 levels of a channel.
         assert error.max() <= 18
         assert error.mean() <= 1
     else:
@@ -94,17 +79,32 @@ def test_augmentations_equal_torchvisions(name, ours, values):
 def test_crops_equal_torchvisions(height, width, size, monkeypatch):
     monkeypatch.setattr(patches, "augment_", lambda x, plan: None)
     images = pictures(5, height, width)
-    sampled = (patches.sample_patches(images, 6, generator(0, "t"), size).flatten(0, 1) + 1) * 127.5
+    sampled = patches.sample_patches(images, 6, generator(0, "t"), size)
+    sampled = (sampled.flatten(0, 1) + 1) * 127.5  # (P * B, 3, S, S), 0 to 255
     params = patches.sample_params(30, height, width, generator(0, "t"))
     for i, patch in enumerate(sampled):
         box = int(params["top"][i]), int(params["left"][i]), height // 2, width // 2
         mode = TF.InterpolationMode.BICUBIC if size > 32 else TF.InterpolationMode.BILINEAR
         expected = through_pil(TF.resized_crop, images[i % 5], *box, [size, size], mode)
-        gap = (patch - (expected.flip(-1) if params["flip"][i] else expected)).abs()
-        assert gap.max() <= (
-            8 if size > 32 else 2
-        )  # Pillow clips what overshoots between the two axes too
-        assert (gap <= 2).float().mean() > 0.995
+        error = (patch - (expected.flip(-1) if params["flip"][i] else expected)).abs()
+        # Bicubic: Pillow also clips what overshoots between the two axes.
+        assert error.max() <= (8 if size > 32 else 2)
+        assert (error <= 2).float().mean() > 0.995
+
+
+def augmented_with_pil(image, own):
+    """Return a patch of a uint8 tensor as a PIL image; own: the parameters of this patch."""
+    box = own["top"], own["left"], 16, 16
+    patch = TF.resized_crop(TF.to_pil_image(image), *box, [32, 32])
+    if own["flip"]:
+        patch = TF.hflip(patch)
+    names = list(patches.JITTER)
+    for k in own["order"] if own["jitter"] else []:
+        patch = TORCHVISION[names[k]](patch, own[names[k]])
+    for name, value in [("grey", None), ("blur", own["sigma"]), ("solarise", None)]:
+        if own[name]:
+            patch = TORCHVISION[name](patch, value)
+    return TF.pil_to_tensor(patch)
 
 
 def test_patches_equal_a_plain_loop_over_pil_images(monkeypatch):
@@ -118,49 +118,36 @@ def test_patches_equal_a_plain_loop_over_pil_images(monkeypatch):
     errors = []
     for i, patch in enumerate(sampled.flatten(0, 1)):
         own = {name: values[i].tolist() for name, values in params.items()}
-        plain = TF.resized_crop(
-            TF.to_pil_image(images[i % 20]), own["top"], own["left"], 16, 16, [32, 32]
-        )
-        if own["flip"]:
-            plain = TF.hflip(plain)
-        for k in own["order"] if own["jitter"] else []:
-            name = list(patches.JITTER)[k]
-            plain = TORCHVISION[name](plain, own[name])
-        for name, value in [("grey", None), ("blur", own["sigma"]), ("solarise", None)]:
-            if own[name]:
-                plain = TORCHVISION[name](plain, value)
-        errors.append((patch - TF.pil_to_tensor(plain)).abs())
+        errors.append((patch - augmented_with_pil(images[i % 20], own)).abs())
     errors = torch.stack(errors)
     assert errors.median() <= 1
-    assert (
-        errors.mean((1, 2, 3)).max() <= 4
-    )  # of the worst patch; single pixels are inverted by a rounding before solarise
+    # Of the worst patch; before solarise, a rounding may invert a single pixel.
+    assert errors.mean((1, 2, 3)).max() <= 4
 
 
 def test_strengths_of_the_augmentation():
-    images, draw = pictures(8), partial(patches.sample_patches, n_patches=20, size=16)
-    crops = draw(
-        pictures(8), generator=generator(0, "t"), augment=patches.Augment(0, 0, 0, 0)
-    ).flatten(0, 1)
+    images = pictures(8)
+
+    def draw(**strengths):
+        augment = patches.Augment(**strengths)
+        return patches.sample_patches(images, 20, generator(0, "t"), 16, augment=augment)
+
+    crops = draw(jitter=0, grey=0, blur=0, solarise=0).flatten(0, 1)
     params = patches.sample_params(160, 32, 32, generator(0, "t"))
     for i, patch in enumerate(crops):
         top, left = params["top"][i], params["left"][i]
         expected = images[i % 8, :, top : top + 16, left : left + 16] / 127.5 - 1
-        torch.testing.assert_close(
-            patch, expected.flip(-1) if params["flip"][i] else expected, atol=1e-4, rtol=0
-        )
-    grey = draw(
-        images, generator=generator(0, "t"), augment=patches.Augment(grey=1, blur=0, solarise=0)
-    )
+        if params["flip"][i]:
+            expected = expected.flip(-1)
+        torch.testing.assert_close(patch, expected, atol=1e-4, rtol=0)
+    grey = draw(grey=1, blur=0, solarise=0)
     torch.testing.assert_close(grey, grey[:, :, :1].expand_as(grey))
     for strength, low, high, hue in ((0.5, 0.8, 1.2, 0.1), (2.5, 0, 2, 0.5)):
-        params = patches.sample_params(
-            9000, 32, 32, generator(0, "t"), patches.Augment(jitter=strength)
-        )
+        augment = patches.Augment(jitter=strength)
+        params = patches.sample_params(9000, 32, 32, generator(0, "t"), augment)
         for name in ("brightness", "contrast", "saturation"):
-            assert (
-                low <= params[name].min() < low + 0.01 and high - 0.01 < params[name].max() <= high
-            )
+            assert low <= params[name].min() < low + 0.01
+            assert high - 0.01 < params[name].max() <= high
         assert 0.99 * hue < params["hue"].max() <= hue
 
 
@@ -178,21 +165,13 @@ def test_parameters_are_drawn_independently_from_the_right_distributions():
     assert chi2(permutation, 24) < 60  # 23 degrees of freedom
     assert set(params["top"].tolist()) == set(params["left"].tolist()) == set(range(17))
     assert chi2(17 * params["top"] + params["left"], 17 * 17) < 288 + 5 * (2 * 288) ** 0.5
-    for name, p in [
-        ("flip", 0.5),
-        ("jitter", 0.8),
-        ("grey", 0.2),
-        ("blur", 0.1),
-        ("solarise", 0.1),
-    ]:
-        assert params[name].float().mean() == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5), (
-            name
-        )
-    ranges = dict.fromkeys(("brightness", "contrast", "saturation"), (0.6, 1.4)) | {
-        "hue": (-0.2, 0.2),
-        "sigma": (0.1, 2.0),
-    }
-    for name, (low, high) in ranges.items():
+    probabilities = dict(flip=0.5, jitter=0.8, grey=0.2, blur=0.1, solarise=0.1)
+    for name, p in probabilities.items():
+        bound = 4 * (p * (1 - p) / n) ** 0.5
+        assert params[name].float().mean() == pytest.approx(p, abs=bound), name
+    factor = (0.6, 1.4)
+    ranges = dict(brightness=factor, contrast=factor, saturation=factor, hue=(-0.2, 0.2))
+    for name, (low, high) in {**ranges, "sigma": (0.1, 2.0)}.items():
         cells = ((params[name] - low) / (high - low) * 20).long()
         assert params[name].min() >= low - 1e-6, name
         assert params[name].max() <= high + 1e-6, name
@@ -217,24 +196,20 @@ def draw_with_torchvision(images):
 
 
 def statistics(x):
-    """Mean and standard deviation of each channel, and the gradient energy, of x (n, 3, 32, 32) in
-    [0, 1].
+    """Return mean and standard deviation of each channel, and the gradient energy.
+
+    x: (n, 3, 32, 32), in [0, 1].
     """
     energy = x.diff(dim=2).square().mean() + x.diff(dim=3).square().mean()
     return torch.stack([*x.mean((0, 2, 3)), *x.std((0, 2, 3)), energy])
 
 
 def test_patches_have_the_statistics_of_torchvisions():
-    """20,000 each, 50 of each image, so that images and draws that differ do not add to the noise
-    (below 0.8%).
-    """
-    textures, smooth = (
-        data.load_images("textures", "", False).images[:400].float(),
-        pictures(200, noise=0).float(),
-    )
-    images = (
-        torch.cat([textures[:200], 0.6 * textures[200:] + 0.4 * smooth]).round().to(torch.uint8)
-    )
+    """20,000 each, 50 of each image, so that the noise of the draws is below 0.8%."""
+    textures = data.load_images("textures", "", False).images[:400].float()
+    smooth = pictures(200, noise=0).float()
+    images = torch.cat([textures[:200], 0.6 * textures[200:] + 0.4 * smooth])
+    images = images.round().to(torch.uint8)
     loader = torch.utils.data.DataLoader(
         [TF.to_pil_image(image) for image in images] * 50,
         batch_size=400,
@@ -243,22 +218,17 @@ def test_patches_have_the_statistics_of_torchvisions():
         generator=torch.Generator().manual_seed(0),
     )
     theirs = torch.cat(list(loader)) / 255
-    ours = torch.cat(
-        [patches.sample_patches(images, 5, generator(0, "t", step=step)) for step in range(10)]
-    )
-    assert len(theirs) == ours[:, :, 0, 0, 0].numel() == 20_000
-    torch.testing.assert_close(
-        statistics(ours.flatten(0, 1).add(1).div(2)), statistics(theirs), rtol=0.02, atol=0
-    )
+    steps = [patches.sample_patches(images, 5, generator(0, "t", step=step)) for step in range(10)]
+    ours = torch.cat(steps).flatten(0, 1).add(1).div(2)  # (n, 3, 32, 32), in [0, 1]
+    assert len(theirs) == len(ours) == 20_000
+    torch.testing.assert_close(statistics(ours), statistics(theirs), rtol=0.02, atol=0)
 
 
 def test_patches_depend_on_the_generator_alone():
     images, state = pictures(4, 64, 64), torch.get_rng_state()
     before = images.clone()
-    draws = [
-        patches.sample_patches(images, 3, generator(0, "t", step=step), size=16)
-        for step in (0, 0, 1)
-    ]
+    rngs = [generator(0, "t", step=step) for step in (0, 0, 1)]
+    draws = [patches.sample_patches(images, 3, rng, size=16) for rng in rngs]
     assert draws[0].shape == (3, 4, 3, 16, 16)
     assert draws[0].dtype == torch.float32
     assert torch.equal(draws[0], draws[1])
@@ -281,34 +251,25 @@ def test_patches_lie_between_minus_one_and_one_and_are_of_their_own_image():
 
 
 def test_generators_differ_with_each_argument():
-    arguments = [
-        (0, "a", 0, 0),
-        (1, "a", 0, 0),
-        (0, "b", 0, 0),
-        (0, "a", 1, 0),
-        (0, "a", 0, 1),
-        (2**31 - 1, "a", 12, 3),
-    ]
-    draws = [
-        tuple(torch.rand(4, generator=generator(*argument)).tolist()) for argument in arguments
-    ]
-    assert len(set(draws)) == len(draws)
-    assert draws[0] == tuple(torch.rand(4, generator=generator(0, "a")).tolist())
+    def draw(*arguments):
+        return tuple(torch.rand(4, generator=generator(*arguments)).tolist())
+
+    draws = {draw(0, "a", 0, 0), draw(1, "a", 0, 0), draw(0, "b", 0, 0)}
+    draws |= {draw(0, "a", 1, 0), draw(0, "a", 0, 1), draw(2**31 - 1, "a", 12, 3)}
+    assert len(draws) == 6
+    assert draw(0, "a") == draw(0, "a", 0, 0)
 
 
 def test_a_grid_is_of_crops_at_even_distances():
     """At its own size a crop is the pixels themselves."""
     images = data.load_images("textures", "", False).images[:3]
-    for n, places in ((1, [8]), (3, [8]), (4, [0, 16]), (9, [0, 8, 16]), (20, [0, 5, 11, 16])):
+    for n, offsets in ((1, [8]), (3, [8]), (4, [0, 16]), (9, [0, 8, 16]), (20, [0, 5, 11, 16])):
         views = patches.sample_views(images, Views(n, "grid", 16), None)
-        expected = [
-            images[:, :, i : i + 16, j : j + 16] / 127.5 - 1 for i in places for j in places
-        ]
-        torch.testing.assert_close(views, torch.stack(expected), rtol=0, atol=1e-6)
+        crops = [images[:, :, i : i + 16, j : j + 16] for i in offsets for j in offsets]
+        torch.testing.assert_close(views, torch.stack(crops) / 127.5 - 1, rtol=0, atol=1e-6)
     large = patches.sample_views(images, Views(4, "grid"), None)
-    expected = F.interpolate(
-        images[:, :, :16, 16:] / 127.5 - 1, size=32, mode="bilinear", align_corners=False
-    )
+    crop = images[:, :, :16, 16:] / 127.5 - 1
+    expected = F.interpolate(crop, size=32, mode="bilinear", align_corners=False)
     torch.testing.assert_close(large[1], expected, rtol=0, atol=1e-5)
 
 
@@ -317,16 +278,11 @@ def test_random_crops_are_crops_and_nothing_else():
     views = patches.sample_views(images, Views(400, "crops", 16), generator(0, "t"))
     assert views.shape == (400, 2, 3, 16, 16)
     for b in range(2):
-        windows = (
-            images[b]
-            .unfold(1, 16, 1)
-            .unfold(2, 16, 1)
-            .permute(1, 2, 0, 3, 4)
-            .reshape(17 * 17, 3 * 16 * 16)
-        )
-        seen = views[:, b].flatten(1).add(1).mul(127.5).round().to(torch.uint8)
-        distance = torch.cdist(seen.double(), windows.double())
+        windows = images[b].unfold(1, 16, 1).unfold(2, 16, 1)  # (3, 17, 17, 16, 16)
+        windows = windows.permute(1, 2, 0, 3, 4).reshape(17 * 17, 3 * 16 * 16)
+        crops = views[:, b].flatten(1).add(1).mul(127.5).round()
+        distance = torch.cdist(crops.double(), windows.double())
         assert (distance.min(1).values == 0).all()
-        assert len(distance.argmin(1).unique()) > 150  # of 289 places, 400 draws: 217 are expected
+        assert len(distance.argmin(1).unique()) > 150  # of 289 crops, 400 draws: 217 are expected
     again = patches.sample_views(images, Views(400, "crops", 16), generator(0, "t"))
     assert torch.equal(views, again)
