@@ -32,7 +32,7 @@ def run(*argv):
 
 
 def unexpected(err):
-    """Return stderr without the warning of few steps: the runs of the tests are short."""
+    """Return stderr without the warning of few steps, which the tests have."""
     few_steps = "^warning: .* steps of training in all: this teaches little.*\n"
     return re.sub(few_steps, "", err, flags=re.M)
 

@@ -42,7 +42,7 @@ def images():
 
 
 def blobs(n, seed):
-    """Two features and a hundredth of noise: three classes that a line can tell apart."""
+    """Two features and a hundredth of noise: three classes that lines separate."""
     random = torch.Generator().manual_seed(seed)
     y = torch.randint(3, (n,), generator=random)
     centres = torch.tensor([[2.0, 0.0], [-2.0, 2.0], [-2.0, -2.0]])

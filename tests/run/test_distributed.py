@@ -18,23 +18,28 @@ from infra.device import generator
 from infra.errors import UsageError
 from patches import sample_patches
 
-DIES = """
-import os, signal, sys, main, train
-train_step, calls = train.train_step, []
-def step(*args, **settings):
+# The program, in which some ranks send themselves a signal at the n-th call of a function.
+KILLED = """
+import importlib, os, signal, sys, main
+from images import cache as image_cache
+module, name, n, ranks, signal_name, *argv = sys.argv[1:]
+image_cache.MANY = 4
+owner = importlib.import_module(module)
+function, calls = getattr(owner, name), []
+def killed(*args, **kwargs):
     calls.append(args)
-    if os.environ["RANK"] == "1" and len(calls) == 9:
-        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
-    return train_step(*args, **settings)
-train.train_step = step
-sys.exit(main.main(sys.argv[1:]))
+    if os.environ["RANK"] in ranks and len(calls) == int(n):
+        os.kill(os.getpid(), getattr(signal, signal_name))
+    return function(*args, **kwargs)
+setattr(owner, name, killed)
+sys.exit(main.main(argv))
 """
 
 
-def launched(n, *argv, script=ROOT / "main.py", **environment):
+def launched(n, *argv, script=ROOT / "main.py"):
     """Run a script, main.py by default, in n processes until it ends."""
     command = [sys.executable, *LAUNCH, str(n), script, *argv]
-    env = {**ONE_THREAD, "PYTHONPATH": str(ROOT), **environment}
+    env = {**ONE_THREAD, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
 
@@ -139,38 +144,15 @@ def test_bs_must_be_shared_evenly(tiny, tmp_path):
 def test_a_signal_to_one_process_ends_the_others_and_the_run_resumes(
     tiny, tmp_path, name, words, step
 ):
-    script = tmp_path / "dies.py"
-    script.write_text(DIES)
-    done = launched(2, *tiny, "--log_folder", tmp_path, script=script, SIGNAL=name)
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    at = ["train", "train_step", "9", "1", name]
+    done = launched(2, *at, *tiny, "--log_folder", tmp_path, script=script)
     assert done.returncode != 0
     assert words in done.stderr
     stopped = load_checkpoint(tmp_path / RUN / "checkpoints" / "last.pt")
     assert (1, 1) <= position(stopped) <= (1, step)
     assert resume(tmp_path / RUN).code == 0
-
-
-KILLED = """
-import os, signal, sys, main
-import encode, train
-from images import cache as image_cache
-stage, ranks, *argv = sys.argv[1:]
-image_cache.MANY = 4
-def kill(owner, name):
-    function = getattr(owner, name)
-    def killed(*args, **kwargs):
-        result = function(*args, **kwargs)
-        if os.environ["RANK"] in ranks:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    setattr(owner, name, killed)
-if stage == "decoding":
-    kill(image_cache, "size_and_time")
-if stage == "checkpoint":
-    kill(train, "check_finite")
-if stage == "encoding":
-    kill(encode, "encode")
-sys.exit(main.main(argv))
-"""
 
 
 @pytest.mark.slow
@@ -179,15 +161,17 @@ def test_two_processes_killed_anywhere_and_resumed_end_with_the_same_bits(tiny, 
     script.write_text(KILLED)
 
     def start(stage, ranks, name):
-        return launched(2, stage, ranks, *tiny, "--log_folder", tmp_path / name, script=script)
+        command = [*stage.split(), ranks, "SIGKILL", *tiny, "--log_folder", tmp_path / name]
+        return launched(2, *command, script=script)
 
-    assert start("no stage", "", "undisturbed").returncode == 0
-    for stage, ranks in itertools.product(("decoding", "checkpoint", "encoding"), ("0", "1", "01")):
-        name = f"{stage}-{ranks}"
+    stages = ("images.cache size_and_time 2", "train check_finite 2", "encode encode 2")
+    assert start(stages[0], "", "undisturbed").returncode == 0
+    for i, (stage, ranks) in enumerate(itertools.product(stages, ("0", "1", "01"))):
+        name = f"killed{i}"
         assert start(stage, ranks, name).returncode != 0
-        resumed = start("no stage", "", name)
+        resumed = start(stage, "", name)
         assert resumed.returncode == 0, resumed.stderr
-        assert contents(tmp_path / name / RUN) == contents(tmp_path / "undisturbed" / RUN), name
+        assert contents(tmp_path / name / RUN) == contents(tmp_path / "undisturbed" / RUN), stage
 
 
 def test_in_chunks_loss_and_gradient_are_those_of_the_whole_batch(tmp_path):

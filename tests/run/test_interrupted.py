@@ -296,7 +296,7 @@ def test_hparams_edited_while_resume_loads_its_data_stay_edited(stopped, monkeyp
 
 
 def test_two_processes_in_one_run_folder(tiny, finished, tmp_path):
-    """The second one is refused while the first one lives, and takes over when it is dead."""
+    """The second one is refused while the first one lives, and goes on when it is dead."""
     command = [*tiny, "--log_folder", str(tmp_path)]
     first = [sys.executable, ROOT / "main.py", *command]
     process = subprocess.Popen(first, stdout=subprocess.PIPE, text=True)

@@ -204,7 +204,7 @@ def test_a_step_that_does_not_fit_into_memory_is_refused_and_a_new_run_takes_chu
 
 
 def test_compile_trains_the_same_weights(tiny, finished, tmp_path, monkeypatch):
-    """Without the compiler, which takes a minute: the network is passed to it, and saved."""
+    """Without the compiler, which needs a minute: the network is passed to it, and saved."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
     trained_with("--compile", tiny=tiny, tmp_path=tmp_path)

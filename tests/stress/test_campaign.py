@@ -31,7 +31,7 @@ SETTINGS = (
 COMMANDS = "resume train report compare export embed cleanup probe finetune".split()
 FINETUNE = "--n_epochs 1 --bs 12 --no-from_scratch".split()
 ON_CPU = ["--device", "cpu"]
-SECONDS = 30  # a command that takes longer hangs
+SECONDS = 30  # after which a command counts as hanging
 
 
 def striped(folder, n, seed):
