@@ -9,8 +9,6 @@ from helpers import RUN, run, write_images
 from experiment import Run
 from infra import files
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU; subprocesses inherit it
-
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -20,6 +18,12 @@ def pytest_addoption(parser):
         help="kills of test_chaos.py, and a third of the rounds of test_campaign.py",
     )
     parser.addoption("--slow", action="store_true", help="the tests that are marked slow too")
+    parser.addoption("--gpu", action="store_true", help="CUDA may be used, for tests/gpu")
+
+
+def pytest_configure(config):
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of this process and those that it starts
 
 
 def pytest_collection_modifyitems(config, items):
