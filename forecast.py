@@ -25,7 +25,7 @@ from weights import new_encoder, random_encoder
 FILL = 0.7
 # The most that is alive in the backward pass, relative to what autograd keeps of the forward pass.
 # CPU and mps: measured 1.4 to 1.8 of the memory of the process. CUDA: 0.97 to 1.05 of the tensors
-# in the simulation of tests/run/test_cuda.py.
+# in a simulation (commit fca9469).
 BACKWARD = {"cpu": 1.6, "mps": 1.6, "cuda": 1.05}
 # The CUDA context, and the workspaces of cuDNN and cuBLAS: an estimate; not measured on a GPU yet.
 KERNELS = {"cuda": 1e9}
