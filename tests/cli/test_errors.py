@@ -277,7 +277,7 @@ def test_a_folder_that_cannot_be_written_stops_before_training(tiny, copy, tmp_p
     assert "epoch 0" not in result.out
     edit(copy, n_epochs=3)
     before = fingerprints(copy)
-    monkeypatch.setattr(lock, "opened", os_error(errno.EROFS))
+    monkeypatch.setattr(lock, "open", os_error(errno.EROFS), raising=False)
     assert refused(resume(copy), 1, copy, "Read-only file system")
     assert fingerprints(copy) == before
 

@@ -1,97 +1,91 @@
 """Locks, the cache of decoded images, and processes that are left alone."""
 
-import fcntl
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import LAUNCH, ONE_THREAD, ROOT, RUN, refused, run
+from helpers import LAUNCH, ONE_THREAD, ROOT, RUN
 from PIL import Image
 
 from images import cache as image_cache
-from infra import lock
+from infra import files
 from infra.errors import RunError
+from infra.lock import is_locked, locked
 
+# Enter n times; making the file fails if another process is inside.
 ENTER = """
 import os, sys
 from pathlib import Path
-from infra import lock
 from infra.errors import RunError
+from infra.lock import locked
 folder, n = Path(sys.argv[1]), int(sys.argv[2])
-done = refused = 0
-while done < n:
+while n:
     try:
-        with lock.locked(folder / "lock"):
-            os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))  # fails if another process is inside
+        with locked(folder / "lock"):
+            os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))
             os.unlink(folder / "inside")
-            done += 1
+            n -= 1
     except RunError:
-        refused += 1
-print(refused)
+        pass
 """
-LOOK = """
+ASK = """
 import sys
 from pathlib import Path
-from infra import lock
-print("looking", flush=True)
+from infra.lock import is_locked
+print("asking", flush=True)
 while True:
-    lock.is_locked(Path(sys.argv[1], "lock"))
+    is_locked(Path(sys.argv[1], "lock"))
 """
 DECODE = """
 import sys
 from pathlib import Path
-from images import cache as image_cache
+from images import cache
 from infra import files
-decode = image_cache.decode_with_processes
+decode = cache.decode_with_processes
 def announce(*arguments):
     print("decodes")
     return decode(*arguments)
-image_cache.decode_with_processes = announce
+cache.decode_with_processes = announce
 paths = sorted(Path(sys.argv[1]).iterdir())
 print("ready", flush=True)
 sys.stdin.readline()
-content = image_cache.decode_once(paths, sys.argv[1], 16)
+content = cache.decode_once(paths, sys.argv[1], 16)
 print(files.checksum(content["images"]), flush=True)
 """
-# The program; the workers that decode wait for ever.
+# The program. The workers that decode wait for ever, or kill themselves.
 SLOW_DECODE = """
 import os, sys, time, main
-from images import cache as image_cache
-image_cache.MANY = 4
+from images import cache
+cache.MANY = 4
 def wait(path, size):
     print("decoding", flush=True)
     if os.environ.get("KILL"):
         os.kill(os.getpid(), 9)
     time.sleep(1000)
-image_cache.read_image = wait
+cache.read_image = wait
 sys.exit(main.main(sys.argv[1:]))
 """
 
 
 def start(code, *arguments, **options):
+    """Start Python with this code; options are variables of its environment."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    pipes = {
-        "stdin": subprocess.PIPE,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "text": True,
-    }
-    return subprocess.Popen(command, cwd=ROOT, env={**ONE_THREAD, **options}, **pipes)
+    pipe = subprocess.PIPE
+    environment = {**ONE_THREAD, **options}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    )
 
 
-def wait_for(condition, seconds=60):
-    """Wait until condition() holds. The limit is for a test that fails."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
+def children_of(pid):
+    """Return the pids of the processes that a process has started."""
+    return [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def is_running(pid):
@@ -102,102 +96,65 @@ def is_running(pid):
         return False
 
 
+def wait_for(condition, seconds=60):
+    """Wait until condition() holds. The limit is for a test that fails."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def assert_they_end(pids):
+    """Assert that the processes end by themselves; end those that do not."""
+    try:
+        wait_for(lambda: not any(map(is_running, pids)))
+    finally:
+        for pid in filter(is_running, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_one_process_at_a_time_is_inside(tmp_path):
-    looker = start(LOOK, tmp_path)
-    looker.stdout.readline()
-    takers = [start(ENTER, tmp_path, 300) for _ in range(3)]
-    outputs = [taker.communicate() for taker in takers]
-    looker.kill()
-    looker.communicate()
-    assert [err for _, err in outputs] == ["", "", ""]
+    entering = [start(ENTER, tmp_path, 1000) for _ in range(2)]
+    assert [process.communicate()[1] for process in entering] == ["", ""]
     assert not (tmp_path / "lock").exists()
 
 
-def test_a_look_at_the_lock_does_not_hold_it(tmp_path):
-    lookers = [start(LOOK, tmp_path) for _ in range(2)]
-    for looker in lookers:
-        looker.stdout.readline()
-    refusals, err = start(ENTER, tmp_path, 500).communicate()
-    for looker in lookers:
-        looker.kill()
-        looker.communicate()
-    assert (refusals, err) == ("0\n", "")
-
-
-def test_a_look_at_the_moment_of_the_taking_does_not_refuse_it(tmp_path, monkeypatch):
-    path, flock, refused, tried = tmp_path / "lock", lock.flock, [], threading.Event()
-    path.touch()
-
-    def take():
-        try:
-            with lock.locked(path):
+def test_asking_whether_it_is_locked_refuses_no_process(tmp_path):
+    asking = start(ASK, tmp_path)
+    asking.stdout.readline()
+    try:
+        for _ in range(500):
+            with locked(tmp_path / "lock"):
                 pass
-        except RunError as error:
-            refused.append(error)
-        tried.set()
-
-    def flock_while_another_tries(file, operation):
-        free = flock(file, operation)
-        if file.mode == "r":  # the look has its lock, and keeps it until the taker has tried
-            taker.start()
-            assert tried.wait(60)
-        elif operation == fcntl.LOCK_SH | fcntl.LOCK_NB:
-            tried.set()
-        return free
-
-    taker = threading.Thread(target=take)
-    monkeypatch.setattr(lock, "flock", flock_while_another_tries)
-    assert not lock.is_locked(path)
-    taker.join()
-    assert refused == [] and not path.exists()
+    finally:
+        asking.kill()
+        asking.communicate()
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda path, other: path.symlink_to(other),
-        lambda path, other: path.mkdir(),
-        lambda path, other: os.mkfifo(path),
-    ],
-)
-def test_something_else_in_the_place_of_the_lock_is_refused(copy, tmp_path, make):
-    (tmp_path / "other").write_text("kept")
-    make(copy / "lock", tmp_path / "other")
-    assert refused(run("resume", "--exp_dir", copy), 1, copy / "lock")
-    assert (tmp_path / "other").read_text() == "kept"
-
-
-def test_a_lock_that_its_owner_removed_meanwhile_is_not_taken(tmp_path, monkeypatch):
-    """Another process locks the file, and removes it, between its opening here and the flock."""
-    opened, n = lock.opened, []
-
-    def opened_late(path):
-        file = opened(path)
-        n.append(path)
-        if len(n) == 1:
-            path.unlink()
-        return file
-
-    monkeypatch.setattr(lock, "opened", opened_late)
-    with lock.locked(tmp_path / "lock"):
-        assert len(n) == 2 and (tmp_path / "lock").exists()
+def test_the_owner_is_named_and_a_folder_that_was_made_is_removed(tmp_path):
+    path = tmp_path / "a" / "b" / "lock"
+    words = f"{path.parent} is in use by process {os.getpid()}:"
+    with locked(path), pytest.raises(RunError, match=words), locked(path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def many_images(folder, n):
     folder.mkdir()
     for i in range(n):
-        Image.fromarray(
-            np.random.default_rng(i).integers(0, 256, (16, 16, 3)).astype(np.uint8)
-        ).save(folder / f"{i}.png")
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
     return sorted(folder.iterdir())
 
 
 def test_two_processes_that_decode_the_same_folder_get_the_right_images(tmp_path):
     paths = many_images(tmp_path / "images", 400)
-    truth = image_cache.files.checksum(image_cache.decode_in_memory(paths, 16)["images"])
-    both = [
-        start(DECODE, tmp_path / "images", XDG_CACHE_HOME=str(tmp_path / "cache")) for _ in range(2)
-    ]
+    truth = files.checksum(image_cache.decode_in_memory(paths, 16)["images"])
+
+    def start_decoding():
+        return start(DECODE, tmp_path / "images", XDG_CACHE_HOME=str(tmp_path / "cache"))
+
+    both = [start_decoding(), start_decoding()]
     for process in both:
         process.stdout.readline()
     for process in both:  # at once
@@ -205,28 +162,28 @@ def test_two_processes_that_decode_the_same_folder_get_the_right_images(tmp_path
         process.stdin.flush()
     outputs = [process.communicate() for process in both]
     assert [out.splitlines()[-1] for out, _ in outputs] == [truth, truth], outputs
-    assert (
-        sum(out.count("decodes") for out, _ in outputs) == 1
-    )  # the other one waits and takes what was written
-    third = start(DECODE, tmp_path / "images", XDG_CACHE_HOME=str(tmp_path / "cache")).communicate(
-        "\n"
-    )
-    assert third[0].splitlines() == ["ready", truth]
+    # The other one waits and reads what was written.
+    assert sum(out.count("decodes") for out, _ in outputs) == 1
+    assert start_decoding().communicate("\n")[0].splitlines() == ["ready", truth]
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
 def test_a_changed_byte_in_the_cache_is_noticed(tmp_path, monkeypatch, capsys):
     paths = many_images(tmp_path / "images", 20)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    images = image_cache.decode_once(paths, tmp_path / "images", 16)["images"]
+
+    def decoded():
+        return image_cache.decode_once(paths, tmp_path / "images", 16)["images"]
+
+    images = decoded()
     (cache,) = tmp_path.rglob("*.u8")
     content = bytearray(cache.read_bytes())
     content[5000] ^= 1
     cache.write_bytes(content)
-    assert torch.equal(image_cache.decode_once(paths, tmp_path / "images", 16)["images"], images)
+    assert torch.equal(decoded(), images)
     assert "was damaged" in capsys.readouterr().err and not cache.exists()
     monkeypatch.setattr(image_cache, "LARGE", 0)
-    in_file = image_cache.decode_once(paths, tmp_path / "images", 16)["images"]
+    in_file = decoded()
     assert torch.equal(in_file[:], images)
     cache.write_bytes(content)
     assert torch.equal(in_file[10:], images[10:])
@@ -234,102 +191,54 @@ def test_a_changed_byte_in_the_cache_is_noticed(tmp_path, monkeypatch, capsys):
         in_file[6:7]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_workers_end_with_a_process_that_is_killed_and_the_lock_is_free(tiny, tmp_path):
-    process = start(
-        SLOW_DECODE,
-        *tiny,
-        "--log_folder",
-        tmp_path / "logs",
-        XDG_CACHE_HOME=str(tmp_path / "cache"),
-    )
-    next(line for line in process.stdout if line == "decoding\n")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-    process.wait()
-    assert children
-    wait_for(lambda: not any(map(is_running, children)))
-    assert not lock.is_locked(tmp_path / "logs" / RUN / "lock")
+@pytest.fixture
+def start_slow_decode(tiny, tmp_path):
+    options = [*tiny, "--log_folder", tmp_path / "logs"]
+    cache = str(tmp_path / "cache")
+    return lambda **env: start(SLOW_DECODE, *options, XDG_CACHE_HOME=cache, **env)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_workers_that_outlive_their_killed_parent_hold_no_lock(tiny, tmp_path):
-    """They are stopped, so that they can't notice its end."""
-    process = start(
-        SLOW_DECODE,
-        *tiny,
-        "--log_folder",
-        tmp_path / "logs",
-        XDG_CACHE_HOME=str(tmp_path / "cache"),
-    )
+def test_workers_of_a_killed_process_hold_no_lock_and_end(start_slow_decode, tmp_path):
+    """They are stopped at first, so that they can't notice its end."""
+    process = start_slow_decode()
     next(line for line in process.stdout if line == "decoding\n")
-    children = [
-        int(pid)
-        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ]
-    wait_for(
-        lambda: all(len(os.listdir(f"/proc/{pid}/task")) > 1 for pid in children)
-    )  # the thread that watches is the last
-    for pid in children:
+    workers = children_of(process.pid)
+    for pid in workers:
         os.kill(pid, signal.SIGSTOP)
     process.kill()
     process.wait()
     locks = [tmp_path / "logs" / RUN / "lock", *(tmp_path / "cache").rglob("*.lock")]
-    held = [path for path in locks if lock.is_locked(path)]
-    alive = [pid for pid in children if is_running(pid)]
-    for pid in alive:
-        os.kill(pid, signal.SIGKILL)
-    assert children and alive == children and len(locks) == 2
-    assert held == []
+    held = [path for path in locks if is_locked(path)]
+    n_running = sum(map(is_running, workers))
+    for pid in workers:
+        os.kill(pid, signal.SIGCONT)
+    assert_they_end(workers)
+    assert n_running == len(workers) > 0
+    assert len(locks) == 2 and all(path.exists() for path in locks) and held == []
 
 
-def test_a_killed_worker_ends_the_run_with_one_line(tiny, tmp_path):
-    process = start(
-        SLOW_DECODE,
-        *tiny,
-        "--log_folder",
-        tmp_path / "logs",
-        XDG_CACHE_HOME=str(tmp_path / "cache"),
-        KILL="1",
-    )
+def test_a_killed_worker_ends_the_run_with_one_line(start_slow_decode):
+    process = start_slow_decode(KILL="1")
     _, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (
-        1,
-        "error: a process that decodes images was killed: give the command again\n",
-    )
+    line = "error: a process that decodes images was killed: give the command again\n"
+    assert (process.returncode, err) == (1, line)
 
 
 @pytest.mark.slow
 def test_processes_end_with_a_torchrun_that_is_killed(tiny, tmp_path):
     """They print into a file: a pipe that nobody reads any more would end them too."""
-    command = [
-        sys.executable,
-        *LAUNCH,
-        "2",
-        ROOT / "main.py",
-        *tiny,
-        "--n_epochs",
-        "9999",
-        "--print_freq",
-        "1",
-    ]
-    with open(tmp_path / "out", "w") as out:
-        command = [*command, "--log_folder", tmp_path / "logs"]
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    options = [*tiny, "--n_epochs", "9999", "--print_freq", "1", "--log_folder", tmp_path / "logs"]
+    command = [sys.executable, *LAUNCH, "2", ROOT / "main.py", *options]
+    out = tmp_path / "out"
+    with open(out, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.DEVNULL, env=ONE_THREAD)
     try:
-        wait_for(
-            lambda: (
-                "epoch 0 step 2/" in (tmp_path / "out").read_text() or process.poll() is not None
-            )
-        )
-        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        wait_for(lambda: "epoch 0 step 2/" in out.read_text() or process.poll() is not None)
+        ranks = children_of(process.pid)
     finally:
         process.kill()
         process.wait()
-    try:
-        wait_for(lambda: not any(map(is_running, ranks)))
-    finally:
-        for pid in filter(is_running, ranks):
-            os.kill(int(pid), signal.SIGKILL)
+    assert_they_end(ranks)
     assert len(ranks) == 2
-    assert not lock.is_locked(tmp_path / "logs" / RUN / "lock")
+    assert not is_locked(tmp_path / "logs" / RUN / "lock")
