@@ -21,6 +21,7 @@ test-slow: .venv/installed
 lint: .venv/installed
 	$(BIN)/python -m pip install -q ruff
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -128,7 +128,10 @@ def study_table(group, columns, others=()):
     text = markdown(["", *(HEADERS[name] for name in columns)], [*rows, *others]) + "\n\n"
     if "options" in columns:
         text += f"Every row starts from `{GROUPS[group]}`. In brackets is the name for `--only`. "
-    n_images, data = entries[0]["n_images"], entries[0]["data"]
+    if not entries:
+        return text.rstrip()
+    n_images = entries[0]["n_images"]
+    data = entries[0]["data"]
     size = f"{n_images:,} training images of " if n_images else ""
     seeds = seeds_text([len(entry["runs"]) for entry in entries])
     text += f"{size}{data}, all test images; mean (least to greatest) of {seeds}. "
