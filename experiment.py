@@ -113,7 +113,7 @@ class Run:
         self.start_over = start_over
         with locked(self.lock), process_group(self.device):
             self.checkpoint = None if start_over else self.newest_checkpoint(repair=True)
-            self.changed = check_changes(hp, self.checkpoint) if self.checkpoint else {}
+            self.changed = check_changes(hp, self.checkpoint, self.dir) if self.checkpoint else {}
             board = Board(self.tensorboard, self.patches) if hp.tensorboard else None
             launch = {**launch, "hparams": asdict(hp)}
             with Journal(launch, self.launches, self.metrics, board) as self.journal:
@@ -130,7 +130,7 @@ class Run:
         self.checkpoint = self.newest_checkpoint()
         if self.checkpoint is None:
             raise UsageError(f"{self.dir} has no checkpoint: there is no encoder yet")
-        check_changes(self.hp, self.checkpoint)
+        check_changes(self.hp, self.checkpoint, self.dir)
         if not self.is_trained():
             epoch, step = position(self.checkpoint)
             log.info(f"* Training is at epoch {epoch} step {step}, not at its end")
@@ -336,7 +336,7 @@ def n_steps_in(n_epochs, n_steps):
     return math.ceil(round(n_epochs * n_steps, 6))
 
 
-def check_changes(hp, checkpoint):
+def check_changes(hp, checkpoint, exp_dir):
     """Return {name: (old, new)} of the encoder settings that were edited since the checkpoint.
 
     Raises UsageError for a change that does not fit the weights, or comes too late for an effect.
@@ -344,7 +344,7 @@ def check_changes(hp, checkpoint):
     old = from_dict(checkpoint["hparams"], "the checkpoint")
     for name, (was, now) in old.differences(hp, FIXED).items():
         raise UsageError(
-            f"{name} is {yaml_value(now)}, but the weights in this folder were trained with {name} "
+            f"{name} is {yaml_value(now)}, but the weights in {exp_dir} were trained with {name} "
             f"{yaml_value(was)}: set it back, or train under a new --exp_name"
         )
     state = checkpoint["state"]
@@ -352,15 +352,15 @@ def check_changes(hp, checkpoint):
     if state["step"] > n_total:
         epoch, step = position(checkpoint)
         raise UsageError(
-            f"n_epochs is {hp.n_epochs:g}, but training is at epoch {epoch} step {step} already: "
-            f"raise it, or train under a new --exp_name"
+            f"n_epochs is {hp.n_epochs:g}, but training in {exp_dir} is at epoch {epoch} step "
+            f"{step} already: raise it, or train under a new --exp_name"
         )
     changed = old.differences(hp, ("encoder",))
     is_finished = state["step"] == n_total
     for name, (was, now) in changed.items():
         if is_finished and name != "n_epochs":
             raise UsageError(
-                f"{name} is {yaml_value(now)}, but training has finished with {name} "
+                f"{name} is {yaml_value(now)}, but training in {exp_dir} has finished with {name} "
                 f"{yaml_value(was)}, so it would have no effect: set it back, raise n_epochs to "
                 f"train on with it, or train under a new --exp_name"
             )
