@@ -10,7 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from helpers import ROOT, RUN, contents
+from helpers import ROOT, RUN, contents, unexpected
 
 # The program with a slow disk: a file is written in ten parts, and flushed for a while, so that
 # some kills leave half a file.
@@ -70,7 +70,7 @@ def killed_and_resumed(tiny, finished, folder, seed, kills):
             moments.append(moment)
             halves += any(logs.rglob("*.tmp"))
         else:
-            assert (process.returncode, error) == (0, "")
+            assert (process.returncode, unexpected(error)) == (0, "")
             assert contents(logs / RUN) == contents(finished)
             n_done += 1
             if len(moments) == kills:
