@@ -216,8 +216,9 @@ def peers_table():
     k, untrained = results["kmeans"], results["untrained"]
     return (
         f"{markdown(['', *map(minutes_text, budgets), 'commit'], lines)}\n\n"
-        f"Top-1 of the linear probe; 20-NN. CIFAR-10, all test images, {seeds_text(n_seeds)}. Both "
-        f"use the labels of {results['rows'][0]['n_probe']:,} training images. k-means features "
+        f"Top-1 of the linear probe, then of 20-NN. CIFAR-10, all test images, "
+        f"{seeds_text(n_seeds)}. Both use the labels of {results['rows'][0]['n_probe']:,} training "
+        f"images. k-means features "
         f"with {k['n_centroids']} centroids, learned from {k['n_images']:,} images and with their "
         f"labels: {k['top1']:.1f}% in {k['seconds']:.0f} s, probe included; the network untrained: "
         f"{untrained['top1']:.1f}% (commits {version_text([k, untrained], *PEERS_FILES)}). "
