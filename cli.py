@@ -91,14 +91,17 @@ def suggestions(unknown, command):
     Return "" if there are none.
     """
     options = [option for action in command._actions for option in action.option_strings]
+    options = [option for option in options if option.startswith("--")]
     other_names = dict(pair.split() for pair in OTHER_NAMES.split(","))
     similar = []
     for arg in unknown:
         name = arg.partition("=")[0]
         other = f"--{other_names.get(name[2:].lower())}"
+        if not name.startswith("--"):
+            continue
         if other in options:
             similar.append(other)
-        elif name.startswith("--"):
+        else:
             similar += difflib.get_close_matches(name, options, n=1, cutoff=0.7)
     return f"; did you mean {' '.join(similar)}?" if similar else ""
 

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from data import read_images
 from encode import encode_images
 from experiment import Run
@@ -52,4 +54,5 @@ def load(exp_dir, device="auto"):
     the encoder is not there.
     """
     run = Run(exp_dir).load(device)
-    return Embedder(run, build_encoder(run))
+    encoder = build_encoder(run).to(run.device, memory_format=torch.channels_last)
+    return Embedder(run, encoder)

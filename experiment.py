@@ -49,8 +49,10 @@ class Machine(NamedTuple):
     def precision(self):
         return "bf16" if self.bf16 else "fp32"
 
-    def __str__(self):
-        return f"{self.device}, precision: {arithmetic(self.precision, self.device)}"
+    @property
+    def arithmetic(self):
+        """The precision in words, for the log."""
+        return arithmetic(self.precision, self.device)
 
 
 class Run:

@@ -13,6 +13,8 @@ from infra import startup
 if __name__ == "__main__":
     startup.prepare()
 
+import torch
+
 import cli
 from data import Images, why_no_probe
 from encode import encode_split
@@ -101,7 +103,7 @@ def run_experiment(hp, exp_dir, argv, start_over=False, rewrite=True):
     """
     distributed.shard_size(hp.bs, hp.n_patches)  # raises UsageError if processes can't share it
     machine = Machine.of(hp)
-    log.info(f"* Device: {machine}")
+    log.info(f"* Device: {machine.device}, precision: {machine.arithmetic}")
     launch = {
         "command": shlex.join(["main.py", *argv]),
         **git_commit(),
@@ -114,6 +116,8 @@ def run_experiment(hp, exp_dir, argv, start_over=False, rewrite=True):
         check_before_writing(run, encoder, images)
         distributed.barrier()  # all processes have read; now the main process may write
         run.prepare(rewrite)
+        # Not before: processes that decode are forked without a CUDA context.
+        encoder = encoder.to(run.device, memory_format=torch.channels_last)
         if not run.is_trained():
             draw_patches(hp, images["train"], run.patches)
         train(run, encoder, images)

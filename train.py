@@ -68,6 +68,7 @@ def train(run, encoder, images):
                 meter.timed_at += seconds  # not counted in the rate
             ends_an_epoch = state.ends_an_epoch(n_total)
             if ends_an_epoch:
+                meter.close()
                 log_epoch(hp, state)
             stop, due = distributed.all_reduce_max(first_signal(signals), meter.is_save_due(hp))
             if stop or due or ends_an_epoch:
@@ -311,13 +312,14 @@ class Meter:
 
 def report(run, state, meter, lr):
     """Show the means of STEP_METRICS since the last record, and record them if that is due."""
-    check_finite(state)
     means = torch.stack(state.recent).cpu().mean(0)  # the host waits here, not in each step
     rate = meter.rate()
-    meter.show(state, means, lr)
     if not is_record_due(run.hp, state, meter.n_total):
+        meter.show(state, means, lr)
         meter.show_end(state)
         return
+    check_finite(state)  # here and not above: all processes must raise at the same step
+    meter.show(state, means, lr)
     invariance, uniformity, grad_norm = means.tolist()
     run.journal.add(
         **state.index(state.epoch),

@@ -14,13 +14,11 @@ from model import Encoder
 
 
 def build_encoder(run):
-    """Return the encoder of a run on its device, with the weights of its checkpoint.
+    """Return the encoder of a run with the weights of its checkpoint, on the CPU.
 
     Without a checkpoint it is a new_encoder. Raises UsageError if weights do not fit.
     """
-    encoder = new_encoder(run.hp) if run.checkpoint is None else trained_encoder(run)
-    # On a CPU, channels last is 1.3x as fast in training, 1.8x in encoding.
-    return encoder.to(run.device, memory_format=torch.channels_last)
+    return new_encoder(run.hp) if run.checkpoint is None else trained_encoder(run)
 
 
 def new_encoder(hp):

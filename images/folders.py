@@ -103,8 +103,8 @@ def log_left_out(folder, labels=None):
     """
     images, others, n_hidden = find_files(folder)
     if labels:
-        labels = Path(labels).resolve()
-        others = [path for path in others if path.resolve() != labels]
+        labels = Path(labels)
+        others = [p for p in others if p.name != labels.name or p.resolve() != labels.resolve()]
     suffixes = collections.Counter(path.suffix.lower() for path in others)
     kinds = []
     for suffix, n in suffixes.most_common(8):

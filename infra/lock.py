@@ -47,7 +47,7 @@ def locked(path, wait=False):
 def acquire(path, wait):
     """Return the lock file, open and locked. The arguments and errors are those of `locked`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+")  # noqa: SIM115
+    file = open(path, "a+", errors="replace")  # noqa: SIM115
     while not try_flock(file, fcntl.LOCK_EX):
         if try_flock(file, fcntl.LOCK_SH):
             continue  # is_locked held it for a moment
@@ -58,7 +58,7 @@ def acquire(path, wait):
             raise RunError(f"{path.parent} is in use by process {pid}: wait for it or stop it")
         log.info(f"* Waiting for process {pid}, which holds {path}")
         fcntl.flock(file, fcntl.LOCK_EX)
-    if os.fstat(file.fileno()).st_nlink == 0:  # its owner has removed it since it was opened
+    if not is_at(file, path):  # its owner has removed it since it was opened
         file.close()
         return acquire(path, wait)
     held.append(file)
@@ -72,6 +72,14 @@ def try_flock(file, operation):
     except BlockingIOError:
         return False
     return True
+
+
+def is_at(file, path):
+    """Whether the open file is the one at this path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def is_locked(path):

@@ -145,7 +145,7 @@ def edit(exp_dir, **values):
 def os_error(code):
     """Return a function that raises OSError with this code, about its first argument."""
 
-    def fail(path=None, *args):
+    def fail(path=None, *args, **options):
         raise OSError(code, os.strerror(code), path)
 
     return fail
