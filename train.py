@@ -200,10 +200,10 @@ class TrainState:
         self.recent.append(metrics)
         self.step += 1
 
-    def move_recent_to_totals(self):
-        """Add the recent STEP_METRICS to the totals."""
-        self.totals = self.totals + torch.stack(self.recent).cpu().sum(0)
-        self.n_totals += len(self.recent)
+    def move_to_totals(self, rows):
+        """Add the recent STEP_METRICS, here as rows (steps, 3) on the CPU, to the totals."""
+        self.totals = self.totals + rows.sum(0)
+        self.n_totals += len(rows)
         self.recent = []
 
     def clear_totals(self):
@@ -312,7 +312,8 @@ class Meter:
 
 def report(run, state, meter, lr):
     """Show the means of STEP_METRICS since the last record, and record them if that is due."""
-    means = torch.stack(state.recent).cpu().mean(0)  # the host waits here, not in each step
+    rows = torch.stack(state.recent).cpu()  # (steps, 3); the host waits here, not in each step
+    means = rows.mean(0)
     rate = meter.rate()
     if not is_record_due(run.hp, state, meter.n_total):
         meter.show(state, means, lr)
@@ -329,7 +330,7 @@ def report(run, state, meter, lr):
         lr=lr,
         patches_per_second=round(rate * meter.patches_per_step, 1),
     )
-    state.move_recent_to_totals()
+    state.move_to_totals(rows)
     meter.restart()
 
 
