@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -135,6 +136,12 @@ def add_train(commands):
         help="named set of settings, for those that are not given (see docs/guide.md)",
     )
     run.add_argument(
+        "--budget",
+        type=minutes,
+        metavar="MINUTES",
+        help="minutes that the run may take in all: a few steps are timed, and n_epochs is set",
+    )
+    run.add_argument(
         "--dry_run",
         action="store_true",
         help="show settings, size, memory and time of the run, and stop",
@@ -172,6 +179,17 @@ def add_settings(command):
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
 
 
+def minutes(text):
+    """Return a positive number of minutes. Raises argparse.ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, not {text!r}")
+    return value
+
+
 def choices(names):
     """Return {NAME,NAME} as the help shows it."""
     return "{" + ",".join(names) + "}"
@@ -194,8 +212,11 @@ def hparams_of(args):
         )
     if args.config_from:
         base = vars(Run(args.config_from).read_hparams())
+    given = given_settings(args)
+    if args.budget and "n_epochs" in given:
+        raise UsageError("--budget sets n_epochs: give one of them")
     defaults = {name: setting.default for name, setting in SETTINGS.items()}
-    return from_dict({**defaults, **base, **given_settings(args)}, "command line")
+    return from_dict({**defaults, **base, **given}, "command line")
 
 
 def exp_dir_of(args, hp):

@@ -1,5 +1,6 @@
 """Stage 2: encode the images. An image's representation is the mean over its views."""
 
+import copy
 import functools
 import math
 import shutil
@@ -13,16 +14,18 @@ from images.cache import batches, on_device, subset
 from infra import distributed
 from infra.console import log, log_stage, progress
 from infra.device import generator, without_tuning
-from infra.errors import RunError
-from model import fold_batch_norm, stage_dim, stage_means
+from infra.errors import RunError, UsageError
+from model import STAGE_POOLS, TIMM, fold_batch_norm, map_means, stage_dim, stage_maps
 from patches import sample_views
 
 
 class Output(NamedTuple):
     """Which tensors encode returns, and its precision."""
 
-    emb_pool: str = "features"  # what is averaged over the views: features, proj, backbone, stages
-    pool_grid: int = 1  # average a grid of views in pool_grid x pool_grid parts, side by side
+    emb_pool: str = "features"  # what is averaged over the views, a key of dims_of
+    # Average a grid of views, or the stages of whole images, in pool_grid x pool_grid parts, which
+    # stand side by side.
+    pool_grid: int = 1
     save_proj: bool = False  # return h and z of each view too
     bf16: bool = False  # weights and activations in bfloat16
 
@@ -48,6 +51,10 @@ def encode(encoder, images, views, rng, bs=100, output=DEFAULT_OUTPUT, progress=
     dtype = torch.bfloat16 if output.bf16 else torch.float32
     encoder = fold_batch_norm(encoder).to(dtype, memory_format=torch.channels_last)
     dims = dims_of(encoder)
+    # The parts are in the view itself if it is the whole image, else each is of some views.
+    grid_of_map, grid_of_views = output.pool_grid, 1
+    if views.kind != "whole":
+        grid_of_map, grid_of_views = 1, output.pool_grid
     N = len(images)
     embeddings = torch.zeros(N, output.pool_grid**2 * dims[output.emb_pool], device=device)
     saved = {}
@@ -62,9 +69,12 @@ def encode(encoder, images, views, rng, bs=100, output=DEFAULT_OUTPUT, progress=
         x = sample_views(batch, views, rng(step=step))  # (V, B, 3, S, S)
         V, B = x.shape[:2]
         x = x.flatten(0, 1).to(dtype, memory_format=torch.channels_last)  # (V B, 3, S, S)
-        activations = represent(encoder, x, {output.emb_pool, *saved})
+        activations = represent(encoder, x, {output.emb_pool, *saved}, grid_of_map)
         activations = {name: a.float().view(V, B, -1) for name, a in activations.items()}
-        embeddings[index] = mean_of_views(activations[output.emb_pool], output.pool_grid)
+        h = activations[output.emb_pool]
+        if views.mirror:
+            h = h.unflatten(0, (2, V // 2)).mean(0)  # (V, B, dim) -> (V / 2, B, dim)
+        embeddings[index] = mean_of_views(h, grid_of_views)
         for name, tensor in saved.items():
             tensor[index] = activations[name].transpose(0, 1).half()  # (B, V, dim)
     result = {"embeddings": embeddings.cpu()}
@@ -74,12 +84,16 @@ def encode(encoder, images, views, rng, bs=100, output=DEFAULT_OUTPUT, progress=
     return {"n_views": views.count, **result}
 
 
-def represent(encoder, x, wanted):
-    """Return {emb_pool: (n, dim)} of patches x (n, 3, S, S), for those that are wanted."""
-    if "stages" in wanted:
-        stages = stage_means(encoder.backbone, x)
-        feature_dim = encoder.features[0].in_features
-        activations = {"stages": stages, "backbone": stages[:, -feature_dim:]}
+def represent(encoder, x, wanted, parts=1):
+    """Return {emb_pool: (n, dim)} of views x (n, 3, S, S), for those that are wanted.
+
+    parts: average those of STAGE_POOLS in parts x parts regions: (n, parts² dim).
+    """
+    of_stages = wanted & set(STAGE_POOLS)
+    if of_stages:
+        (pool,) = of_stages
+        maps = stage_maps(encoder.backbone, x, pool)
+        activations = {pool: map_means(maps, parts), "backbone": map_means(maps[-1:])}
     else:
         activations = {"backbone": encoder.backbone(x)}
     if wanted & {"features", "proj"}:
@@ -96,7 +110,7 @@ def dims_of(encoder):
         "backbone": encoder.features[0].in_features,
         "features": encoder.features[0].out_features,
         "proj": encoder.projection[-1].out_features,
-        "stages": stage_dim(encoder.backbone),
+        **{pool: stage_dim(encoder.backbone, pool) for pool in STAGE_POOLS},
     }
 
 
@@ -121,7 +135,27 @@ def batch_size(hp):
     """
     n = hp.bs * hp.n_patches
     most = min(n, 4 * (hp.max_patches or n))
-    return max(1, most // hp.test_views.n)
+    views = hp.test_views
+    patches_per_view = (views.side // views.size) ** 2
+    return max(1, most // (views.count * patches_per_view))
+
+
+def check_views(hp, encoder):
+    """Raise UsageError if a model of timm does not take whole images, which are wider than patches.
+
+    Convolutional ones do, transformers do not.
+    """
+    views = hp.test_views
+    if views.kind != "whole" or not hp.arch.startswith(TIMM):
+        return
+    x = torch.zeros(1, 3, views.side, views.side)
+    try:
+        copy.deepcopy(encoder.backbone).cpu().eval()(x)
+    except Exception as error:  # each of timm's models fails in its own way
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"eval_views whole needs a network for images of any size, not {hp.arch} ({reason})"
+        ) from None
 
 
 def encode_images(run, encoder, images, purpose, save_proj=False):

@@ -3,12 +3,15 @@
 import copy
 import math
 import time
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Images
+from encode import Output, batch_size, encode
+from evaluate import LRS, PROBE_LR, Fit, softmax_regressions
 from experiment import Machine, n_steps_in
 from hparams import to_yaml
 from images.cache import on_device
@@ -132,17 +135,27 @@ def most_patches(hp, memory, device):
     return math.ceil(n / math.ceil(n / fit)) if fit >= 3 else 0
 
 
-def dry_run(hp, n_timed=3):
-    """Print settings, parameters, operations, memory and time of a training step; write nothing.
+class Costs(NamedTuple):
+    """The seconds that the parts of a run take."""
 
-    n_timed steps are timed.
-    """
+    step: float  # of training
+    encoding: float
+    probe: float
+
+    def of(self, n_steps):
+        """Return the seconds of a run with so many steps."""
+        return n_steps * self.step + self.encoding + self.probe
+
+
+def dry_run(hp):
+    """Print settings, parameters, operations, memory and time of a run; write nothing."""
     distributed.shard_size(hp.bs, hp.n_patches)  # raises UsageError if processes can't share it
     log.info(to_yaml(hp).rstrip())
     machine = Machine.of(hp)
     device = machine.device
     with distributed.process_group(device):
-        pixels = on_device(Images(hp)["train"].images, device)
+        images = Images(hp)
+        pixels = images["train"].images
         encoder = new_encoder(hp).to(device, memory_format=torch.channels_last)
         n_patches = hp.n_patches * hp.bs
         n_steps = n_steps_in(hp.n_epochs, len(pixels) // hp.bs)
@@ -156,14 +169,57 @@ def dry_run(hp, n_timed=3):
             f"of {n_patches} patches"
         )
         check_memory(hp, machine, encoder, pixels)
-        seconds = seconds_per_step(hp, machine, encoder, pixels, n_timed)
+        costs = measure_costs(hp, machine, encoder, images)
     log.info(
-        f"* Time: {seconds:.3g} s a step, about {seconds * n_steps / 60:.3g} minutes of training; "
-        f"encoding takes a third of that per patch"
+        f"* Time: {costs.step:.3g} s a step, about {costs.step * n_steps / 60:.3g} minutes of "
+        f"training, {costs.encoding / 60:.3g} of encoding and {costs.probe / 60:.3g} of the probe"
     )
 
 
-def seconds_per_step(hp, machine, encoder, pixels, n_timed):
+def epochs_in(hp, minutes):
+    """Return the n_epochs with which a run takes so many minutes in all, and print it.
+
+    A few steps, batches to encode and rounds of the probe are timed. Raises UsageError if encoding
+    and the probe leave no time for training.
+    """
+    machine = Machine.of(hp)
+    with distributed.process_group(machine.device):
+        images = Images(hp)
+        encoder = new_encoder(hp).to(machine.device, memory_format=torch.channels_last)
+        costs = measure_costs(hp, machine, encoder, images)
+        seconds = 60 * minutes - costs.of(0)
+        (n_steps,) = distributed.all_reduce_max(int(seconds / costs.step))  # all must agree on it
+    per_epoch = len(images["train"].images) // hp.bs
+    if n_steps < 1 or per_epoch < 1:
+        raise UsageError(
+            f"a budget of {minutes:g} minutes is too short: encoding takes about "
+            f"{costs.encoding:.0f} s and the probe {costs.probe:.0f} s; lower --n_images, or "
+            f"--n_eval_epochs"
+        )
+    n_epochs = round(n_steps / per_epoch, 4)
+    log.info(
+        f"* --budget {minutes:g}: n_epochs {n_epochs:g}, {n_steps} steps of {costs.step:.3g} s; "
+        f"encoding takes about {costs.encoding:.0f} s, the probe {costs.probe:.0f} s"
+    )
+    return n_epochs
+
+
+def measure_costs(hp, machine, encoder, images):
+    """Return the Costs of a run on this machine. The encoder is trained for some steps.
+
+    images: a data.Images.
+    """
+    pixels = images["train"].images
+    n_images = sum(len(split.images) for split in (images["train"], images["test"]) if split)
+    step = seconds_per_step(hp, machine, encoder, pixels)
+    encoding, dim = seconds_per_image(hp, machine, encoder, pixels)
+    probe = 0.0
+    if images["train"].labels is not None and images["test"]:
+        probe = seconds_of_probe(hp, machine, len(pixels), dim, len(images["train"].class_names))
+    return Costs(step, n_images * encoding, probe)
+
+
+def seconds_per_step(hp, machine, encoder, pixels, n_timed=4):
     """Return the seconds of a training step, the mean of n_timed of them."""
     network = distributed.data_parallel(encoder, machine.device)
     if hp.compile:
@@ -176,6 +232,35 @@ def seconds_per_step(hp, machine, encoder, pixels, n_timed):
         batch = distributed.shard(pixels[: hp.bs]).to(machine.device)
         step(batch, generator(0, "dry", step=i)).cpu()
     return (time.monotonic() - start) / n_timed
+
+
+def seconds_per_image(hp, machine, encoder, pixels):
+    """Return (seconds to encode an image, dimensions of its representation)."""
+    output = Output(hp.emb_pool, hp.pool_grid, bf16=machine.bf16)
+    bs = batch_size(hp)
+    for n_batches in (1, 3):  # the first batch takes longer
+        images = on_device(pixels[: n_batches * bs], machine.device)
+        start = time.monotonic()
+        rng = partial(generator, 0, "dry")
+        embeddings = encode(encoder, images, hp.test_views, rng, bs, output)["embeddings"]
+    return (time.monotonic() - start) / len(images), embeddings.shape[1]
+
+
+def seconds_of_probe(hp, machine, n_images, dim, n_classes, n=1000):
+    """Return the seconds of the probe, by two epochs on n random representations.
+
+    It tries its rates on nine tenths of the images, unless eval_lr is set, and then takes one.
+    """
+    x = torch.randn(n, dim, device=machine.device)
+    y = torch.arange(n, device=machine.device) % n_classes
+    fit = Fit(n_epochs=2, bf16=machine.bf16)
+    seconds = 0.0
+    for lrs in ([PROBE_LR], *([] if hp.eval_lr else [LRS])):
+        start = time.monotonic()
+        for _ in softmax_regressions(x, y, lrs, n_classes, fit, range(fit.n_epochs)):
+            x.sum().item()  # waits for a GPU
+        seconds += time.monotonic() - start
+    return seconds * n_images / n * hp.n_eval_epochs / fit.n_epochs
 
 
 def flops_per_patch(encoder, size, device):

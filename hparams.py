@@ -15,7 +15,7 @@ import yaml
 from data import DATASETS
 from infra.errors import UsageError
 from loss import UNIFORMITY
-from model import ACTIVATIONS, BACKBONES, TIMM
+from model import ACTIVATIONS, BACKBONES, STAGE_POOLS, TIMM
 from patches import VIEW_KINDS, Augment, Views
 
 # The earliest stage that a setting influences. Those of data and model never change within a run
@@ -33,7 +33,7 @@ FIXED = ("data", "model")
 SCHEDULES = ("cosine", "constant")
 OPTIMIZERS = ("lars", "muon", "sgd", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")
-POOLS = ("features", "proj", "backbone", "stages")
+POOLS = ("features", "proj", "backbone", *STAGE_POOLS)
 
 
 def setting(stage, default, help, **bounds):
@@ -114,6 +114,7 @@ class Hparams:
     invariance_loss_weight: float = _encoder(200.0, "coefficient of the invariance loss", low=0)
     uniformity_loss_weight: float = _encoder(1.0, "coefficient of the uniformity loss", low=0)
     tcr_eps: float = _encoder(0.2, "eps of the coding rate", low=1e-6, high=1e6)
+    temperature: float = _encoder(0.2, "temperature of the contrastive loss", low=0.001, high=1000)
     precision: str = _encoder(
         "auto", "precision of the network; auto: bf16 if the hardware has it", choices=PRECISIONS
     )
@@ -122,18 +123,21 @@ class Hparams:
     )
     eval_views: str = _encode(
         "grid",
-        "views that encode an image: augmented as in training, random crops, or a grid of crops",
+        "views that encode an image: augmented as in training, random crops, a grid of crops, or "
+        "the whole image in one pass",
         choices=VIEW_KINDS,
     )
+    mirror: bool = _encode(False, "encode the mirror image too, and take the mean of both")
     emb_pool: str = _encode(
         "features",
         "which activations represent an image: the feature layer, the projection, the backbone, "
-        "or every stage of the backbone",
+        "every stage of the backbone, or its stem and every block",
         choices=POOLS,
     )
     pool_grid: int = _encode(
         1,
-        "split a grid of views into so many parts along each axis, average each, concatenate",
+        "split a grid of views, or the stages of a whole image, into so many parts along each "
+        "axis, average each, concatenate",
         low=1,
     )
     save_proj: bool = _encode(False, "save each patch's embedding and projection too, as float16")
@@ -174,9 +178,10 @@ class Hparams:
 
     def _check_together(self):
         """Raise UsageError for settings that do not fit each other."""
-        if self.uniformity_loss == "vonmises" and self.bs < 2:
+        if self.uniformity_loss != "tcr" and self.bs < 2:
             raise UsageError(
-                "bs must be at least 2 with uniformity_loss vonmises, which compares images"
+                f"bs must be at least 2 with uniformity_loss {self.uniformity_loss}, which "
+                f"compares images"
             )
         if self.bs * self.n_patches < 2:
             raise UsageError(
@@ -184,20 +189,32 @@ class Hparams:
             )
         if self.n_patches % self.bags:
             raise UsageError(f"bags must divide n_patches {self.n_patches}, not {self.bags}")
-        side = math.isqrt(self.test_views.n)
-        if self.pool_grid > 1 and (self.eval_views != "grid" or side % self.pool_grid):
-            raise UsageError(
-                f"pool_grid must divide the side of a grid of views, {side} of {self.eval_views}, "
-                f"not {self.pool_grid}"
-            )
+        if self.pool_grid > 1:
+            self._check_pool_grid()
         is_timm = self.arch.startswith(TIMM)
         if self.weights == "timm" and not is_timm:
             raise UsageError(f"weights timm are for arch {TIMM}NAME, not {self.arch}")
-        if self.emb_pool == "stages" and is_timm:
-            raise UsageError(f"emb_pool stages is for resnets of torchvision, not {self.arch}")
+        if self.emb_pool in STAGE_POOLS and is_timm:
+            raise UsageError(
+                f"emb_pool {self.emb_pool} is for resnets of torchvision, not {self.arch}"
+            )
         if self.image_size % 2:
             raise UsageError(
                 f"image_size must be even, a patch being half as wide, not {self.image_size}"
+            )
+
+    def _check_pool_grid(self):
+        """Raise UsageError if there are no parts for pool_grid to average."""
+        side = math.isqrt(self.test_views.n)
+        if self.eval_views == "whole" and self.emb_pool not in STAGE_POOLS:
+            raise UsageError(
+                f"pool_grid with eval_views whole needs emb_pool {' or '.join(STAGE_POOLS)}, not "
+                f"{self.emb_pool}"
+            )
+        if self.eval_views != "whole" and (self.eval_views != "grid" or side % self.pool_grid):
+            raise UsageError(
+                f"pool_grid must divide the side of a grid of views, {side} of {self.eval_views}, "
+                f"not {self.pool_grid}"
             )
 
     @property
@@ -219,7 +236,7 @@ class Hparams:
     def test_views(self):
         """The views that encode an image, a patches.Views."""
         n = self.test_patches or self.n_patches
-        return Views(n, self.eval_views, self.patch_size, self.augment)
+        return Views(n, self.eval_views, self.patch_size, self.augment, self.mirror)
 
     def key(self, stage, weights):
         """Return the cache key of a stage: the weights' checksum and all settings up to it."""

@@ -78,7 +78,29 @@ def vonmises_loss(z, t=2.0):
         return distance.mul(-t).logsumexp(0) - math.log(len(distance))
 
 
-UNIFORMITY = {"tcr": tcr_loss, "vonmises": vonmises_loss}
+def contrastive_loss(z, temperature=0.2):
+    """Return how similar each patch is to the patches of other images: mean_i log mean_j
+    exp(z_i · z_j / temperature), where j runs over all patches of the images that patch i is not
+    of.
+
+    z: (P, B, d) unit vectors, any float dtype. Returns a scalar: 1 / temperature if all patches
+    coincide, near 0 if those of different images are orthogonal. It holds a matrix (P B, P B).
+    Raises ValueError unless z has three dimensions and B is at least 2.
+    Source: the denominator of InfoNCE without the positive pairs (arXiv 2110.06848, equation 6),
+    with the logarithm inside the mean over the patches (arXiv 2004.11362, equation 2). With
+    invariance_loss, which stands for its numerator, it is a decoupled contrastive loss.
+    """
+    P, B, _ = _shape(z)
+    if B < 2:
+        raise ValueError("contrastive_loss compares images: it needs at least 2 of them in a batch")
+    with torch.autocast(z.device.type, enabled=False):
+        z = _at_least_float32(z).flatten(0, 1)  # (P B, d)
+        same_image = torch.eye(B, dtype=torch.bool, device=z.device).repeat(P, P)  # (P B, P B)
+        logits = (z @ z.T / temperature).masked_fill(same_image, -math.inf)
+        return (logits.logsumexp(1) - math.log(P * (B - 1))).mean()
+
+
+UNIFORMITY = {"tcr": tcr_loss, "vonmises": vonmises_loss, "contrastive": contrastive_loss}
 
 
 def emp_ssl_loss(

@@ -14,6 +14,7 @@ from infra.errors import UsageError
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 TIMM = "timm/"  # the prefix of the names of timm's models
+STAGE_POOLS = ("stages", "blocks")  # of stage_maps
 
 
 class Encoder(nn.Module):
@@ -78,8 +79,18 @@ def resnet(build, small_stem, removed=()):
     return backbone
 
 
+def resnet10():
+    """Return a resnet of torchvision with one block in each stage, where resnet18 has two."""
+    return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+
+
 # name: (function that builds the module (N, 3, H, W) -> (N, feature_dim), feature_dim)
 BACKBONES = {
+    "resnet10-mini": (partial(resnet, resnet10, small_stem=True, removed=("layer4",)), 256),
+    "resnet10-tiny": (
+        partial(resnet, resnet10, small_stem=True, removed=("layer3", "layer4")),
+        128,
+    ),
     "resnet18-cifar": (partial(resnet, models.resnet18, small_stem=True), 512),
     "resnet18-imagenet": (partial(resnet, models.resnet18, small_stem=False), 512),
     # The same as resnet18-imagenet, as in the authors' code.
@@ -161,24 +172,38 @@ def stages_of(backbone):
     return {name: stage for name, stage in stages.items() if not isinstance(stage, nn.Identity)}
 
 
-def stage_dim(backbone):
-    """Return the number of dimensions of stage_means."""
-    last_blocks = [list(stage.children())[-1] for stage in stages_of(backbone).values()]
-    last_convs = [getattr(block, "conv3", block.conv2) for block in last_blocks]  # conv3: resnet50
-    return sum(conv.out_channels for conv in last_convs)
+def stage_maps(backbone, x, pool="stages"):
+    """Return the outputs (N, C, H, W) of each stage of a resnet, for x (N, 3, H, W).
 
-
-def stage_means(backbone, x, parts=1):
-    """Return the mean output of each stage of a resnet, side by side: (N, parts² stage_dim).
-
-    Each is averaged in parts x parts regions. With one part, the last one is the backbone's output.
+    pool: "blocks" for those of the stem and of each block. The mean of the last one is the output
+    of the backbone.
     """
     x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(x))))
-    means = []
+    maps = [x] if pool == "blocks" else []
     for stage in stages_of(backbone).values():
-        x = stage(x)
-        means.append(F.adaptive_avg_pool2d(x, parts).flatten(1))
-    return torch.cat(means, 1)
+        for block in stage:
+            x = block(x)
+            if pool == "blocks" or block is stage[-1]:
+                maps.append(x)
+    return maps
+
+
+def map_means(maps, parts=1):
+    """Return the means of maps (N, C, H, W) in parts x parts regions, side by side.
+
+    (N, parts² D), where D is the sum of the numbers of channels.
+    """
+    return torch.cat([F.adaptive_avg_pool2d(x, parts).flatten(1) for x in maps], 1)
+
+
+def stage_dim(backbone, pool="stages"):
+    """Return the sum of the numbers of channels of stage_maps, 0 if the backbone is no resnet."""
+    if not stages_of(backbone):
+        return 0
+    p = next(backbone.parameters())
+    with torch.no_grad():
+        maps = stage_maps(copy.deepcopy(backbone).eval(), p.new_zeros(1, 3, 32, 32), pool)
+    return sum(x.shape[1] for x in maps)
 
 
 class Conv3x3(nn.Conv2d):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from infra.device import to_device, to_device_packed
 
-VIEW_KINDS = ("augmented", "crops", "grid")
+VIEW_KINDS = ("augmented", "crops", "grid", "whole")
 JITTER = ("brightness", "contrast", "saturation", "hue")
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601: the brightness of red, green and blue
@@ -46,20 +46,28 @@ AUTHORS = Augment()
 
 
 class Views(NamedTuple):
-    """How views are cut from an image: each is half as wide, and resized to `size` pixels."""
+    """The views of an image. All but the whole one are half as wide, resized to `size` pixels."""
 
     n: int
     # augmented: patches as in training.
     # crops: at random places, not augmented.
     # grid: k x k crops at even distances from corner to corner, k = the root of n, rounded down.
+    # whole: the image in one piece, 2 `size` pixels wide, so that its scale is that of its patches.
     kind: str = "augmented"
     size: int = 32
     augment: Augment = AUTHORS  # of augmented views
+    mirror: bool = False  # the same views of the mirror image too, after those of the image
 
     @property
     def count(self):
         """How many views of an image sample_views returns."""
-        return math.isqrt(self.n) ** 2 if self.kind == "grid" else self.n
+        n = {"grid": math.isqrt(self.n) ** 2, "whole": 1}.get(self.kind, self.n)
+        return 2 * n if self.mirror else n
+
+    @property
+    def side(self):
+        """Pixels of a view."""
+        return 2 * self.size if self.kind == "whole" else self.size
 
 
 def sample_patches(images, n_patches, generator, size=32, first=0, batch=None, augment=AUTHORS):
@@ -110,11 +118,16 @@ def to_signed(x):
 
 
 def sample_views(images, views, generator):
-    """Return the views that encode the images: float32 (views.count, B, 3, size, size) in [-1, 1].
+    """Return the views that encode the images, V = views.count and S = views.side.
 
     images: uint8 (B, 3, H, W), H and W even. views: a Views. generator: a CPU torch.Generator; a
-    grid needs none.
+    grid and whole images need none. Returns float32 (V, B, 3, S, S) in [-1, 1].
     """
+    if views.mirror:
+        plain = views._replace(mirror=False)
+        return torch.cat([sample_views(x, plain, generator) for x in (images, images.flip(-1))])
+    if views.kind == "whole":
+        return to_signed(resized(images.float(), views.side))[None]  # (1, B, 3, S, S)
     if views.kind == "augmented":
         return sample_patches(images, views.n, generator, views.size, augment=views.augment)
     B, _, H, W = images.shape
@@ -201,8 +214,16 @@ def cut(images, plan, size):
     mirrored = torch.stack([images, images.flip(-1)], 1).flatten(0, 1)
     windows = mirrored.unfold(2, h, 1).unfold(3, w, 1)  # a view, (2 B, 3, H-h+1, W-w+1, h, w)
     x = windows[plan["image"], :, plan["top"], plan["left"]].float()  # (n, 3, h, w)
-    # Resizing is linear along each axis. Two small matrix products are 2.6x as fast as
-    # F.interpolate on a CPU.
+    return resized(x, size)
+
+
+def resized(x, size):
+    """Return x (n, 3, h, w) in [0, 255] as (n, 3, size, size) in [0, 1].
+
+    Resizing is linear along each axis. Two small matrix products are 2.6x as fast as F.interpolate
+    on a CPU.
+    """
+    h, w = x.shape[2:]
     x = resize_matrix(h, size, x.device, divisor=255) @ x @ resize_matrix(w, size, x.device).T
     return x.clamp_(0, 1) if size >= BICUBIC_FROM else x  # bicubic interpolation overshoots
 

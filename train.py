@@ -99,14 +99,14 @@ def batches_from(state, run, pixels):
 
 def build_step(hp, network, optimizer, bf16):
     """Return train_step with the settings of a run: a function of (images, generator)."""
-    options = {"eps": hp.tcr_eps} if hp.uniformity_loss == "tcr" else {}
+    options = {"tcr": {"eps": hp.tcr_eps}, "contrastive": {"temperature": hp.temperature}}
     criterion = partial(
         emp_ssl_loss,
         uniformity_loss=hp.uniformity_loss,
         invariance_weight=hp.invariance_loss_weight,
         uniformity_weight=hp.uniformity_loss_weight,
         bags=hp.bags,
-        **options,
+        **options.get(hp.uniformity_loss, {}),
     )
     return partial(
         train_step,

@@ -55,45 +55,72 @@ def spherical_kmeans(x, n_centroids, rng):
     return centroids
 
 
-def quadrant_features(images, mean, W, centroids, bs=50):
-    """Return the sums of the triangle activation over the quadrants: (N, 4 n_centroids)."""
+def quadrant_features(images, mean, W, centroids, dtype=torch.float32, bs=10):
+    """Return the sums of the triangle activation over the quadrants: float32 (N, 4 n_centroids).
+
+    images: uint8 (N, 3, H, H). The patches are not normalised and whitened one by one: a product
+    with a matrix of the raw patches does both, and a small batch stays in the processor's cache.
+    """
+    # Of a patch x, mean pixel m and deviation s: the whitened one is w = (x - m) W / s - mean W.
+    n_pixels = len(W)
+    both = torch.cat([W, W @ centroids.T], 1)  # w, and its products with the centroids
+    shift = mean @ both
+    both = (both - both.mean(0)).to(dtype)  # subtracts m
     side = images.shape[3] - SIZE + 1
-    half = (side + 1) // 2
-    halves = (slice(half), slice(half, None))
+    quadrants = quadrant_masks(side).to(dtype)  # (4, side²)
     out = []
     for batch in images.split(bs):
-        x = torch.addmm(-mean @ W, patches_of(batch).flatten(0, 1), W)  # whitened (B side², 108)
-        square = x.square().sum(1, keepdim=True) + centroids.square().sum(1)
-        distance = torch.addmm(square, x, centroids.T, alpha=-2).clamp_(min=0).sqrt_()
-        active = (distance.mean(1, keepdim=True) - distance).clamp_(min=0)  # triangle
-        grid = active.view(len(batch), side, side, -1)  # (B, side, side, n_centroids)
-        quadrants = [grid[:, rows, cols].sum((1, 2)) for rows in halves for cols in halves]
-        out.append(torch.cat(quadrants, 1))
+        x = batch.to(dtype) - 128
+        moments = torch.stack([x.float().mean(1), x.float().square().mean(1)], 1)
+        m, square = F.avg_pool2d(moments, SIZE, stride=1).flatten(2).unbind(1)  # (B, side²) each
+        s = ((square - m.square()) * n_pixels / (n_pixels - 1) + 10).sqrt()
+        y = F.unfold(x, SIZE).mT @ both / s[:, :, None].to(dtype) - shift.to(dtype)
+        w, product = y.split([n_pixels, len(centroids)], 2)
+        squares = w.float().square().sum(2, keepdim=True) + 1  # ‖w‖² + ‖centroid‖²
+        distance = torch.sub(squares.to(dtype), product, alpha=2).clamp_(min=0).sqrt_()
+        active = distance.neg().add_(distance.mean(2, keepdim=True)).clamp_(min=0)  # triangle
+        out.append((quadrants @ active).flatten(1).float())  # (B, 4, n_centroids) -> (B, ...)
     return torch.cat(out)
 
 
+def quadrant_masks(side):
+    """Return the quadrants of a grid of side x side pixels: float32 (4, side²) of 0 and 1."""
+    halves = torch.zeros(2, side)
+    halves[0, : (side + 1) // 2] = 1
+    halves[1, (side + 1) // 2 :] = 1
+    return torch.einsum("ir,jc->ijrc", halves, halves).reshape(4, side**2)
+
+
 @torch.no_grad()
-def learn(train, test, n_centroids, rng):
-    """Return standardised features of uint8 training and test images, learned from the first."""
+def learn(train, test, n_centroids, rng, dtype=torch.float32):
+    """Return standardised features of uint8 training and test images, learned from the first.
+
+    dtype: of the products and activations.
+    """
     some = train[torch.randint(len(train), (N_PATCHES // 50,), generator=rng)]
     pool = patches_of(some)
     x = pool[:, torch.randperm(pool.shape[1], generator=rng)[:50]].flatten(0, 1)  # (N_PATCHES, 108)
     mean, W = whitening(x)
     centroids = spherical_kmeans((x - mean) @ W, n_centroids, rng)
-    x = quadrant_features(train, mean, W, centroids)
-    x_test = quadrant_features(test, mean, W, centroids)
+    x = quadrant_features(train, mean, W, centroids, dtype)
+    x_test = quadrant_features(test, mean, W, centroids, dtype)
     shift = x.mean(0)
     scale = x.std(0) + 0.01
     return x.sub_(shift).div_(scale), x_test.sub_(shift).div_(scale)
 
 
 def kmeans_row(train, test, n_centroids, n_eval_epochs, seed):
-    """Learn from the training images, fit the probe, and return the row of results."""
+    """Learn from the training images and fit the probe.
+
+    Return the row of results, and the features of the training and test images.
+    """
     wall, cpu = time.monotonic(), time.process_time()
-    x, x_test = learn(train.images, test.images, n_centroids, generator(seed, "kmeans"))
-    fit = Fit(n_epochs=n_eval_epochs, seed=seed, bf16=machine("cpu")["precision"] == "bf16")
+    bf16 = machine("cpu")["precision"] == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    x, x_test = learn(train.images, test.images, n_centroids, generator(seed, "kmeans"), dtype)
+    fit = Fit(n_epochs=n_eval_epochs, seed=seed, bf16=bf16)
     result, _ = linear_probe(x, train.labels, x_test, test.labels, len(train.class_names), fit)
-    return {
+    row = {
         "n_images": len(train.images),
         "n_centroids": n_centroids,
         "seed": seed,
@@ -103,6 +130,7 @@ def kmeans_row(train, test, n_centroids, n_eval_epochs, seed):
         "commit": this_commit(),
         "machine": machine("cpu"),
     }
+    return row, (x, x_test)
 
 
 def main(argv=None):
@@ -120,7 +148,7 @@ def main(argv=None):
     test = load_images(options.dataset, options.data_dir, False)
     if options.n_images:
         train = sample(train, options.n_images, options.seed, "subset")
-    row = kmeans_row(train, test, options.n_centroids, options.n_eval_epochs, options.seed)
+    row, _ = kmeans_row(train, test, options.n_centroids, options.n_eval_epochs, options.seed)
     path = options.out / "kmeans.json"
     files.write_json(path, {"rows": [*files.read_json(path).get("rows", []), row]})
     print({name: value for name, value in row.items() if name != "machine"})

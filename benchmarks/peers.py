@@ -4,15 +4,16 @@
     python -m benchmarks.peers --dataset folder --data_dir DIR  # 1, 3, 10 and 30 minutes; resumes
     python -m benchmarks.peers --dataset folder --data_dir DIR --budgets 60 --methods preset simclr
 
-All methods train the same network, resnet18-tiny, with 16 pixels on the same images. The first
-start measures the time of a step of each method, k-means features, and the untrained network. A
-budget is then a number of steps, so that the accuracy does not depend on what else the machine
-does, and rows can be added on another machine of the same precision. A method tries several
-optimizers, learning rates and settings of its own at budgets up to TRIED seconds, and keeps what
-has the best linear probe on N_SCORED training images that neither the method nor the probe is
-trained with. Longer budgets and further seeds use its choice at TRIED. All methods are encoded
-alike: all stages of the whole image in 4 x 4 parts, in that of the method's sizes which has the
-best score. Each training run is kept in --log_folder and each result is a row of
+All methods train the network of --preset laptop, with the pixels of its patches, on the same
+images. The first start measures the time of a step of each method, k-means features, and the
+untrained network. A budget is then a number of steps, so that the accuracy does not depend on what
+else the machine does, and rows can be added on another machine of the same precision. A method
+tries several optimizers, learning rates and settings of its own at budgets up to TRIED seconds, and
+keeps what has the best linear probe on N_SCORED training images that neither the method nor the
+probe is trained with; those of the preset are the search behind it. Longer budgets and further
+seeds use the choice at TRIED. All methods are encoded as by the preset, in that of the method's
+sizes which has the best score. with_kmeans_top1 is the probe of these features beside those of
+k-means. Each training run is kept in --log_folder and each result is a row of
 benchmarks/results/peers.json. What is there is not run again: after a change of peers_methods.py,
 remove the method's runs and rows.
 """
@@ -20,28 +21,36 @@ remove the method's runs and rows.
 import statistics
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.common import machine, parser, this_commit
 from benchmarks.kmeans import kmeans_row
-from benchmarks.peers_methods import ARCH, METHODS, Try, label
+from benchmarks.peers_methods import (
+    ARCH,
+    METHODS,
+    PIXELS,
+    PRESET_TRY,
+    Try,
+    batch_size,
+    label,
+    settings_of,
+)
 from data import load_images, select
+from encode import Output, encode
 from evaluate import Fit, knn, linear_probe
 from infra import files
 from infra.console import progress_bar
 from infra.device import configure, generator
-from model import build_backbone, fold_batch_norm, stage_means
+from model import Encoder, build_backbone
 from optimizers import learning_rate, set_learning_rate
-from patches import to_signed
 
-GRID = 4  # of the image along each axis
 BUDGETS = (60, 180, 600, 1800)  # seconds
 TRIED = 60  # seconds; up to this budget a method tries everything
 N_CENTROIDS = 400  # of k-means
-N_FIT, N_SCORED = 3000, 2000  # training images that choose among the tries
+N_FIT, N_SCORED = 10_000, 5000  # training images that choose among the tries
 FIT = Fit(n_epochs=10, standardize=True)
 
 
@@ -50,45 +59,58 @@ def train_method(method, how, seed, images, n_steps, bf16):
     torch.manual_seed(seed)
     backbone, optimizer, step = method.build(how, bf16)
     hp = Namespace(lr=how.rate, schedule="cosine")
-    per_epoch = len(images.images) // method.bs
-    title = f"{method.title}, {how.optimizer} {how.rate:g}"
+    bs = batch_size(method, how)
+    per_epoch = len(images.images) // bs
+    title = f"{method.title}, {label(how)}"
     for i in progress_bar(range(n_steps), title):
         epoch, batch = divmod(i, per_epoch)
         if batch == 0:
             order = torch.randperm(len(images.images), generator=generator(seed, "order", epoch))
         set_learning_rate(optimizer, learning_rate(hp, i / n_steps))
-        rows = order[batch * method.bs : (batch + 1) * method.bs]
+        rows = order[batch * bs : (batch + 1) * bs]
         rng = generator(seed, "patches", epoch, batch)
         step(images.images[rows], images.labels[rows], rng)
     return backbone
 
 
-@torch.inference_mode()
-def embed_whole(backbone, images, bf16, size=None, bs=200):
-    """Return all stages of images in size x size pixels, or their own, in GRID x GRID parts.
+def embed(backbone, images, bf16, size=PIXELS, mirror=True):
+    """Return the representations of images as the preset encodes them, float32 (N, D).
 
-    float32 (N, PARTS² stage_dim).
+    size: pixels of a patch, and half of those of an image. mirror: with the mirror image.
     """
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    backbone = fold_batch_norm(backbone).to(dtype, memory_format=torch.channels_last)
-    stages = []
-    for batch in images.split(bs):
-        x = batch.float() / 255
-        if size not in (None, x.shape[-1]):
-            x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
-        x = to_signed(x).to(dtype, memory_format=torch.channels_last)
-        stages.append(stage_means(backbone, x, GRID).float())
-    return torch.cat(stages)
+    encoder = Encoder(ARCH, h_dim=1, z_dim=1)  # whose heads are not used
+    encoder.backbone = backbone
+    hp = settings_of(PRESET_TRY)
+    views = hp.test_views._replace(size=size, mirror=mirror)
+    output = Output(hp.emb_pool, hp.pool_grid, bf16=bf16)
+    rng = partial(generator, 0, "peers")
+    return encode(encoder, images, views, rng, output=output)["embeddings"]
 
 
-def accuracies_of(backbone, images, test_images, seed, bf16, size=None):
-    """Return the accuracies of a linear probe and of 20-NN on labelled images, by embed_whole."""
-    x = embed_whole(backbone, images.images, bf16, size)
-    x_test = embed_whole(backbone, test_images.images, bf16, size)
-    tensors = (x, images.labels, x_test, test_images.labels)
-    result, _ = linear_probe(*tensors, 10, FIT._replace(seed=seed, bf16=bf16))
+def score(backbone, fitted, scored, seed, bf16, size):
+    """Return the top-1 of a linear probe on the scored images, without their mirror images."""
+    tensors = []
+    for images in (fitted, scored):
+        tensors += [embed(backbone, images.images, bf16, size, mirror=False), images.labels]
+    return linear_probe(*tensors, 10, FIT._replace(seed=seed, bf16=bf16))[0]["top1"]
+
+
+def accuracies_of(backbone, images, test_images, seed, bf16, size=PIXELS, kmeans=None):
+    """Return the accuracies of a linear probe and of 20-NN on labelled images, by `embed`.
+
+    kmeans: features of the training and of the test images, for a second probe with them beside.
+    """
+    x, x_test = (embed(backbone, part.images, bf16, size) for part in (images, test_images))
+    y, y_test = images.labels, test_images.labels
+    fit = FIT._replace(seed=seed, bf16=bf16)
+    result, _ = linear_probe(x, y, x_test, y_test, 10, fit)
     accuracies = {name: result[name] for name in ("top1", "train_top1")}
-    return {**accuracies, "knn_top1": knn(*tensors, 10)}
+    accuracies["knn_top1"] = knn(x, y, x_test, y_test, 10)
+    if kmeans:
+        x = torch.cat([x, kmeans[0].float()], 1)
+        x_test = torch.cat([x_test, kmeans[1].float()], 1)
+        accuracies["with_kmeans_top1"] = linear_probe(x, y, x_test, y_test, 10, fit)[0]["top1"]
+    return accuracies
 
 
 def scored_split(images, seed):
@@ -103,16 +125,15 @@ def run_try(options, name, how, images, n_steps, bf16):
 
     Returns score (top-1 on the scored images), size, backbone, commit.
     """
-    run_name = f"{name}, {label(name, how)}, {n_steps} steps, seed {options.seed}.pt"
+    run_name = f"{name}, {label(how)}, {n_steps} steps, seed {options.seed}.pt"
     path = options.log_folder / run_name
     if not path.exists():
         method = METHODS[name]
         scored, fitted, rest = scored_split(images, options.seed)
         backbone = train_method(method, how, options.seed, rest, n_steps, bf16)
-        scores = {}
-        for size in method.sizes:
-            accuracies = accuracies_of(backbone, fitted, scored, options.seed, bf16, size)
-            scores[size] = accuracies["top1"]
+        scores = {
+            size: score(backbone, fitted, scored, options.seed, bf16, size) for size in method.sizes
+        }
         size = max(scores, key=scores.get)
         run = {"score": scores[size], "size": size, "backbone": backbone.state_dict()}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +145,7 @@ def tries_of(name, budget, rows):
     """Return what a method tries: all its tries; above TRIED or with another seed, the choice."""
     for row in rows:
         if (row["method"], row["budget"]) == (name, min(budget, TRIED)):
-            return (Try(row["optimizer"], row["lr"], row["setting"]),)
+            return (Try(row["optimizer"], row["lr"], row["settings"]),)
     return METHODS[name].tries
 
 
@@ -133,16 +154,30 @@ def untrained_entry(options, images, bf16):
     torch.manual_seed(options.seed)
     backbone = build_backbone(ARCH)[0]
     scored, fitted, _ = scored_split(images[0], options.seed)
-    score = accuracies_of(backbone, fitted, scored, options.seed, bf16)["top1"]
     accuracies = accuracies_of(backbone, *images, options.seed, bf16)
-    return {**accuracies, "score": score, "commit": this_commit()}
+    best = score(backbone, fitted, scored, options.seed, bf16, PIXELS)
+    return {**accuracies, "score": best, "commit": this_commit()}
 
 
-def budget_row(options, name, budget, results, images, bf16):
+def kmeans_features(options, images, results):
+    """Return float16 features of the training and test images, and add their row to results.
+
+    They are kept in the log folder.
+    """
+    path = options.log_folder / "kmeans.pt"
+    if "kmeans" not in results or not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row, features = kmeans_row(*images, N_CENTROIDS, FIT.n_epochs, options.seed)
+        results.setdefault("kmeans", row)
+        files.write_pt(path, {"features": [x.half() for x in features]})
+    return files.read_pt(path)["features"]
+
+
+def budget_row(options, name, budget, results, images, kmeans, bf16):
     """Return the row of a method at a budget: what was chosen, accuracies, steps."""
     runs = {}
     for how in tries_of(name, budget, results["rows"]):
-        n_steps = round(budget / results["step_seconds"][f"{name} {how.optimizer}"]["seconds"])
+        n_steps = round(budget / results["step_seconds"][timed_as(name, how)]["seconds"])
         run = run_try(options, name, how, images[0], n_steps, bf16)
         runs[how] = {"n_steps": n_steps, **run}
     how = max(runs, key=lambda how: runs[how]["score"])
@@ -155,43 +190,48 @@ def budget_row(options, name, budget, results, images, bf16):
         "seed": options.seed,
         "n_probe": len(images[0].images),
         "n_steps": run["n_steps"],
-        "bs": METHODS[name].bs,
+        "bs": batch_size(METHODS[name], how),
         "optimizer": how.optimizer,
         "lr": how.rate,
-        "setting": how.setting,
+        "settings": how.settings,
         "size": run["size"],
-        **accuracies_of(backbone, *images, options.seed, bf16, run["size"]),
-        "scores": {label(name, how): run["score"] for how, run in runs.items()},
+        **accuracies_of(backbone, *images, options.seed, bf16, run["size"], kmeans),
+        "scores": {label(how): run["score"] for how, run in runs.items()},
         "commit": run["commit"],
     }
 
 
 def time_steps(tries, images, bf16, n_rounds=9):
-    """Return {"method optimizer": entry with the median seconds of a step} of (method, Try) pairs.
+    """Return {timed_as: entry with the median seconds of a step} of (method, Try) pairs.
 
     The steps take turns.
     """
-    steps = {(name, how.optimizer): METHODS[name].build(how, bf16)[2] for name, how in tries}
-    seconds = {key: [] for key in steps}
+    steps = {pair: METHODS[pair[0]].build(pair[1], bf16)[2] for pair in tries}
+    seconds = {pair: [] for pair in steps}
     for i in range(n_rounds):
-        for (name, optimizer), step in steps.items():
-            bs = METHODS[name].bs
+        for (name, how), step in steps.items():
+            bs = batch_size(METHODS[name], how)
             start = time.monotonic()
             step(images.images[:bs], images.labels[:bs], generator(0, "patches", i))
-            seconds[name, optimizer].append(time.monotonic() - start)
+            seconds[name, how].append(time.monotonic() - start)
     return {
-        f"{name} {optimizer}": {"seconds": statistics.median(times[2:]), "commit": this_commit()}
-        for (name, optimizer), times in seconds.items()
+        timed_as(*pair): {"seconds": statistics.median(times[2:]), "commit": this_commit()}
+        for pair, times in seconds.items()
     }
 
 
+def timed_as(name, how):
+    """Return what the time of a step depends on: the method, the optimizer, its settings."""
+    return " ".join([name, how.optimizer, how.settings]).strip()
+
+
 def not_timed(names, timed):
-    """Return a (method, Try) for each optimizer of these methods whose step is not in `timed`."""
+    """Return a (method, Try) for each step of these methods that is not in `timed`."""
     missing = {}
     for name in names:
         for how in METHODS[name].tries:
-            if f"{name} {how.optimizer}" not in timed:
-                missing[name, how.optimizer] = (name, how)
+            if timed_as(name, how) not in timed:
+                missing[timed_as(name, how)] = (name, how)
     return list(missing.values())
 
 
@@ -206,7 +246,7 @@ def refusal(options, results, here, new):
         return f"is in {there['precision']}, not in {here['precision']}: give another --out"
     if new and there != here:
         name, how = new[0]
-        return f"has times of another machine, and none of {name} with {how.optimizer}"
+        return f"has times of another machine, and none of {name} with {label(how)}"
     if max(options.budgets) > TRIED and TRIED not in options.budgets:
         for name in options.methods:
             if name not in chosen:
@@ -235,8 +275,7 @@ def main(argv=None):
     if refused:
         made.error(f"{path} {refused}")
     results["step_seconds"] |= time_steps(new, images[0], bf16)
-    if "kmeans" not in results:
-        results["kmeans"] = kmeans_row(*images, N_CENTROIDS, FIT.n_epochs, options.seed)
+    kmeans = kmeans_features(options, images, results)
     if "untrained" not in results:
         results["untrained"] = untrained_entry(options, images, bf16)
     files.write_json(path, results)
@@ -244,7 +283,8 @@ def main(argv=None):
     for budget in sorted(options.budgets):
         for name in options.methods:
             if (name, budget, options.seed) not in done:
-                results["rows"].append(budget_row(options, name, budget, results, images, bf16))
+                row = budget_row(options, name, budget, results, images, kmeans, bf16)
+                results["rows"].append(row)
                 files.write_json(path, results)
                 print(results["rows"][-1], flush=True)
 

@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import roi_align
 
-from hparams import PRESETS, Hparams
+from cli import hparams_of, parse
+from hparams import PRESETS
 from lars import LARS
-from model import Encoder, build_backbone
+from model import BACKBONES, Encoder, build_backbone
 from optimizers import build_optimizer
 from patches import Augment, augment_, augmentation_plan, sample_params, to_signed
 from train import build_step
 
-ARCH, DIM, PIXELS = "resnet18-tiny", 128, 16
+PRESET = PRESETS["laptop"]
+ARCH, PIXELS = PRESET["arch"], PRESET["input_size"]
+DIM = BACKBONES[ARCH][1]
 WEIGHT_DECAY = {"sgd": 5e-4, "muon": 0}
 BIASES = 0.024  # the learning rate of biases over that of weights in Barlow Twins' code, .0048 / .2
 
@@ -26,14 +29,14 @@ BIASES = 0.024  # the learning rate of biases over that of weights in Barlow Twi
 class Try(NamedTuple):
     optimizer: str
     rate: float
-    setting: float | None = None  # of what Method.setting names; None for its default
+    settings: str = ""  # those of the method that are not its defaults: "temperature 0.2 area 0.2"
 
 
 BY_SGD = (Try("sgd", 0.06),)  # of lightly's CIFAR-10 benchmark, for batches of 128
 BY_LARS = (Try("lars", 0.03), Try("lars", 0.1), Try("lars", 0.3))
 BY_MUON = (Try("muon", 0.02), Try("muon", 0.05), Try("muon", 0.1))
 # Muon is slow for layers of 2048 x 2048.
-NARROW = tuple(how._replace(setting=1024) for how in BY_MUON)
+NARROW = tuple(how._replace(settings="width 1024") for how in BY_MUON)
 
 
 class Method(NamedTuple):
@@ -41,27 +44,27 @@ class Method(NamedTuple):
     # build(Try, bf16) -> (backbone, optimizer, step); step(images, labels, rng) trains on a batch
     build: object
     tries: tuple
-    setting: str = ""
     bs: int = 128
-    # Pixels of the whole image in the evaluation. A view is a crop of 23 pixels on average.
-    sizes: tuple = (24, 32)
+    # Half of the pixels of the whole image in the evaluation. A view is a crop of 23 pixels on
+    # average, in 16.
+    sizes: tuple = (3 * PIXELS // 4, PIXELS)
 
 
 NO_BLUR = Augment(blur=0, solarise=0)
 
 
 @torch.autocast("cpu", enabled=False)
-def random_views(images, rng, n=2, scale=(0.08, 1.0), augmentation=NO_BLUR):
+def random_views(images, rng, n=2, area=0.08, augmentation=NO_BLUR):
     """Return n random views of images uint8 (B, 3, H, W): float32 (n, B, 3, S, S) in [-1, 1].
 
-    A view is a crop with an area of a uniform fraction `scale` and a ratio of 3/4 to 4/3, resized
-    to S = PIXELS and flipped, with the jitter of hue at half of this program's range. Source:
-    lightly's SimCLRTransform with its CIFAR-10 benchmark's cj_strength of .5 and no blur.
+    A view is a crop with a fraction of the area that is uniform in [area, 1] and a ratio of 3/4 to
+    4/3, resized to S = PIXELS and flipped, with the jitter of hue at half of this program's range.
+    Source: lightly's SimCLRTransform with its CIFAR-10 benchmark's cj_strength of .5 and no blur.
     """
     B, _, H, W = images.shape
     params = sample_params(n * B, H, W, rng, augmentation)
-    area, ratio, down, right = torch.rand(4, n * B, generator=rng)
-    area = H * W * (scale[0] + (scale[1] - scale[0]) * area)
+    share, ratio, down, right = torch.rand(4, n * B, generator=rng)
+    area = H * W * (area + (1 - area) * share)
     ratio = ((2 * ratio - 1) * math.log(4 / 3)).exp()
     h = (area / ratio).sqrt().clamp(max=H)
     w = (area * ratio).sqrt().clamp(max=W)
@@ -76,20 +79,22 @@ def random_views(images, rng, n=2, scale=(0.08, 1.0), augmentation=NO_BLUR):
     return to_signed(x).unflatten(0, (n, B))  # (n B, 3, S, S) -> (n, B, 3, S, S)
 
 
-def simclr(backbone, temperature=0.5):
+def simclr(backbone, temperature=0.5, area=0.08):
     from lightly.loss import NTXentLoss
     from lightly.models.modules.heads import SimCLRProjectionHead
 
-    return two_views(backbone, SimCLRProjectionHead(DIM, 512, 128), NTXentLoss(temperature))
+    head = SimCLRProjectionHead(DIM, 512, 128)
+    return two_views(backbone, head, NTXentLoss(temperature), area)
 
 
-def vicreg(backbone, width=2048):
+def vicreg(backbone, width=2048, area=0.08):
     from lightly.loss import vicreg_loss
     from lightly.models.modules.heads import VICRegProjectionHead
 
     vicreg_loss.covariance_loss = covariance_loss
+    width = int(width)
     head = VICRegProjectionHead(DIM, width, width, num_layers=2)
-    return two_views(backbone, head, vicreg_loss.VICRegLoss())
+    return two_views(backbone, head, vicreg_loss.VICRegLoss(), area)
 
 
 def covariance_loss(x):
@@ -103,29 +108,30 @@ def covariance_loss(x):
     return squares / ((B - 1) ** 2 * d)
 
 
-def barlow(backbone, width=2048):
+def barlow(backbone, width=2048, area=0.08):
     """Barlow Twins. With LARS and Muon the scale of its large loss matters to 1-D weights alone."""
     from lightly.loss import BarlowTwinsLoss
     from lightly.models.modules.heads import ProjectionHead
 
+    width = int(width)
     layers = [(DIM, width, nn.BatchNorm1d(width), nn.ReLU()), (width, width, None, None)]
     loss = BarlowTwinsLoss()
-    return two_views(backbone, ProjectionHead(layers), lambda z0, z1: BIASES * loss(z0, z1))
+    return two_views(backbone, ProjectionHead(layers), lambda z0, z1: BIASES * loss(z0, z1), area)
 
 
-def two_views(backbone, head, criterion):
+def two_views(backbone, head, criterion, area):
     """Return (head, forward, criterion).
 
     forward(images, labels, rng) computes z of two views, criterion the loss of them.
     """
 
     def forward(images, labels, rng):
-        return [head(backbone(view)) for view in random_views(images, rng)]
+        return [head(backbone(view)) for view in random_views(images, rng, area=area)]
 
     return head, forward, criterion
 
 
-def byol(backbone, momentum=0.99):
+def byol(backbone, momentum=0.99, area=0.08):
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
     from lightly.models.utils import update_momentum
@@ -138,7 +144,7 @@ def byol(backbone, momentum=0.99):
     def forward(images, labels, rng):
         # lightly's CIFAR-10 benchmark has .99, for many more steps
         update_momentum(online, target, m=momentum)
-        views = random_views(images, rng)
+        views = random_views(images, rng, area=area)
         return [*(predict(online(view)) for view in views), *(target(view) for view in views)]
 
     def criterion(p0, p1, z0, z1):
@@ -153,7 +159,7 @@ def supervised(backbone):
     plain = Augment(jitter=0, grey=0, blur=0, solarise=0)
 
     def forward(images, labels, rng):
-        (view,) = random_views(images, rng, 1, (0.25, 1.0), plain)
+        (view,) = random_views(images, rng, 1, 0.25, plain)
         return head(backbone(view)), labels
 
     return head, forward, F.cross_entropy
@@ -162,11 +168,12 @@ def supervised(backbone):
 def build_peer(parts_of, how, bf16):
     """Return (backbone, optimizer, step) of a peer.
 
-    parts_of(backbone, setting) returns (head, forward, criterion).
+    parts_of(backbone, **settings) returns (head, forward, criterion).
     """
     backbone = build_backbone(ARCH)[0].to(memory_format=torch.channels_last)
-    setting = () if how.setting is None else (how.setting,)
-    head, forward, criterion = parts_of(backbone, *setting)
+    words = how.settings.split()
+    settings = dict(zip(words[::2], map(float, words[1::2]), strict=True))
+    head, forward, criterion = parts_of(backbone, **settings)
     network = nn.ModuleList([backbone, head])
     optimizer = build_peer_optimizer(how.optimizer, how.rate, network, bf16)
 
@@ -196,33 +203,45 @@ def build_peer_optimizer(name, rate, network, bf16):
 
 
 def build_emp_ssl(how, bf16):
-    """Return (backbone, optimizer, step) of this program, by --preset laptop."""
-    hp = Hparams(**{**PRESETS["laptop"], "optimizer": how.optimizer, "lr": how.rate})
+    """Return (backbone, optimizer, step) of this program, by --preset laptop and how.settings."""
+    hp = settings_of(how)
     encoder = Encoder(hp.arch, hp.h_dim, hp.z_dim).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(hp, encoder, bf16)
     step = build_step(hp, encoder, optimizer, bf16)
     return encoder.backbone, optimizer, lambda images, labels, rng: step(images, rng)
 
 
-TEMPERATURES = (Try("muon", 0.05, 0.2), Try("muon", 0.1, 0.2))
-MOMENTA = (Try("muon", 0.05, 0.9), Try("muon", 0.05, 0.97))
+def settings_of(how):
+    """Return the Hparams of a Try of this program: those of the preset but for its own."""
+    args = ["train", "--preset", "laptop", "--optimizer", how.optimizer, "--lr", str(how.rate)]
+    return hparams_of(parse([*args, *how.settings.split()]))
+
+
+PRESET_TRY = Try(PRESET["optimizer"], PRESET["lr"])
+TEMPERATURES = tuple(
+    Try("muon", rate, f"temperature 0.2 area {area}")
+    for rate in (0.05, 0.1)
+    for area in (0.08, 0.25)
+)
+MOMENTA = (Try("muon", 0.05, "momentum 0.9"), Try("muon", 0.05, "momentum 0.97"))
 EVERY = BY_SGD + BY_LARS + BY_MUON
-EMP_SSL = partial(Method, build=build_emp_ssl, bs=50, sizes=(32,))
+EMP_SSL = partial(Method, build=build_emp_ssl, sizes=(PIXELS,))
 METHODS = {
-    "preset": EMP_SSL("EMP-SSL, --preset laptop", tries=(Try("muon", 0.05),)),
-    "lars": EMP_SSL("EMP-SSL, LARS", tries=(Try("lars", 0.3),)),
-    "simclr": Method("SimCLR", partial(build_peer, simclr), EVERY + TEMPERATURES, "temperature"),
+    "preset": EMP_SSL("EMP-SSL, --preset laptop", tries=(PRESET_TRY,)),
+    "simclr": Method("SimCLR", partial(build_peer, simclr), EVERY + TEMPERATURES),
     # lightly's CIFAR-10 benchmark does not have VICReg, and so no rate of SGD
-    "vicreg": Method("VICReg", partial(build_peer, vicreg), BY_LARS + NARROW, "width"),
-    "barlow": Method(
-        "Barlow Twins", partial(build_peer, barlow), BY_SGD + BY_LARS + NARROW, "width"
-    ),
-    "byol": Method("BYOL", partial(build_peer, byol), EVERY + MOMENTA, "momentum"),
+    "vicreg": Method("VICReg", partial(build_peer, vicreg), BY_LARS + NARROW),
+    "barlow": Method("Barlow Twins", partial(build_peer, barlow), BY_SGD + BY_LARS + NARROW),
+    "byol": Method("BYOL", partial(build_peer, byol), EVERY + MOMENTA),
     "supervised": Method("supervised", partial(build_peer, supervised), BY_SGD + BY_MUON),
 }
 
 
-def label(name, how):
-    """Return a Try of a method in words: muon 0.05, temperature 0.2."""
-    setting = "" if how.setting is None else f", {METHODS[name].setting} {how.setting:g}"
-    return f"{how.optimizer} {how.rate:g}{setting}"
+def batch_size(method, how):
+    """Return the images in a batch of a Try of a Method."""
+    return settings_of(how).bs if method.build is build_emp_ssl else method.bs
+
+
+def label(how):
+    """Return a Try in words: muon 0.05, temperature 0.2 area 0.08."""
+    return f"{how.optimizer} {how.rate:g}" + (f", {how.settings}" if how.settings else "")

@@ -16,8 +16,8 @@ import torch
 from infra.distributed import on_main_process
 from infra.errors import RunError, UsageError
 
-FORMAT = 3  # of checkpoints and artifacts; raise it when their content changes
-LAST_COMMIT = {2: "e156b6c"}  # the last commit that reads an earlier format
+FORMAT = 4  # of checkpoints and artifacts; raise it when their content changes
+LAST_COMMIT = {2: "e156b6c", 3: "741bd06"}  # the last commit that reads an earlier format
 
 
 def temporary(path):

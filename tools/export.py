@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import emp_ssl
-from experiment import Run, position
+from encode import dims_of
+from experiment import Run, load_if_key, position
 from hparams import SETTINGS
 from images.folders import find_images, log_left_out
 from infra import files
@@ -18,10 +19,18 @@ from infra.console import log
 from infra.distributed import on_main_process, process_group
 from infra.errors import UsageError
 from model import BACKBONES, TIMM, create_timm_model, fold_batch_norm, stages_of
+from patches import resize_matrix
+from tools import load
 from weights import build_encoder
 
 # Of each format: the packages that writing needs beside torch, and the suffix of the file.
 PACKAGES = {"torchvision": (), "safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript")}
+OUTPUTS = {
+    "backbone": "features",
+    "encoder": "features",
+    "representation": "representation",
+    "classifier": "logits",
+}
 EXTENSIONS = {"torchvision": ".pt", "safetensors": ".safetensors", "onnx": ".onnx"}
 
 
@@ -30,15 +39,22 @@ def add_export(commands):
     parser = commands.add_parser(
         "export",
         help="write the encoder for torchvision, safetensors or ONNX",
-        description="Write the encoder into the run folder's export/, with code that loads it and "
-        "a JSON file that describes its use.",
+        description="Write the backbone, or what is given beside --format, into the run folder's "
+        "export/, with code that loads it and a JSON file that describes its use.",
     )
     parser.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
     parser.add_argument(
         "--format", required=True, choices=tuple(EXTENSIONS), help="torchvision: a state dict"
     )
-    parser.add_argument(
-        "--head", action="store_true", help="with the feature layer, whose output the probe sees"
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--head", action="store_true", help="the backbone with the feature layer")
+    part.add_argument(
+        "--representation",
+        action="store_true",
+        help="from a whole image to what represents it in the run; with --eval_views whole",
+    )
+    part.add_argument(
+        "--classifier", action="store_true", help="the same with the linear probe, to class logits"
     )
     parser.set_defaults(command=export_command)
 
@@ -74,10 +90,24 @@ def export_command(args):
         raise UsageError(f"--format {args.format} needs {names}: pip install {names}")
     run = Run(args.exp_dir).load("cpu")
     encoder = build_encoder(run)
-    description = describe(run, encoder, args.format, args.head)
+    part = part_of(args)
+    description = describe(run, encoder, args.format, part)
+    if part in ("representation", "classifier"):
+        network = representation_network(run, encoder, description)
+    else:
+        network = exported_network(encoder, args.head)
     run.export.mkdir(exist_ok=True)
-    for path in write(exported_network(encoder, args.head), description, run.export):
+    for path in write(network, description, run.export):
         log.info(f"* Wrote {path}")
+
+
+def part_of(args):
+    """Return what is exported, a key of OUTPUTS."""
+    if args.head:
+        return "encoder"
+    if args.representation:
+        return "representation"
+    return "classifier" if args.classifier else "backbone"
 
 
 def exported_network(encoder, head):
@@ -94,21 +124,51 @@ def exported_network(encoder, head):
     return nn.Sequential(encoder.backbone, encoder.features) if head else encoder.backbone
 
 
-def describe(run, encoder, format, head):
-    """Return what load.py and a reader must know of the network, as a dict of plain values."""
+def representation_network(run, encoder, description):
+    """Return the network from a whole image to its representation, or to the logits of the probe.
+
+    float32 on the CPU. Raises UsageError if the run has no probe for them.
+    """
+    encoder = copy.deepcopy(encoder).cpu()
+    how = description["representation"]
+    head = encoder.features if description["head"] else nn.Identity()
+    network = load.build_representation(encoder.backbone, head, how)
+    network.resize.copy_(resize_matrix(how["image_size"], how["side"], torch.device("cpu")))
+    if how["n_classes"]:
+        probe = load_if_key(run.probe, run.key("probe"))
+        if probe is None:
+            raise UsageError(f"{run.dir} has no linear probe of these settings: resume it first")
+        network.probe.load_state_dict({name: probe[name] for name in ("weight", "bias")})
+    return network
+
+
+def describe(run, encoder, format, part):
+    """Return what load.py and a reader must know of the network, as a dict of plain values.
+
+    part: a key of OUTPUTS.
+    """
     hp = run.hp
     n_features = encoder.features[0].in_features
     epoch, step = position(run.checkpoint)
     layer = {"h_dim": hp.h_dim, "batch_norm": hp.batch_norm, "activation": hp.activation}
+    representation = None
+    if part in ("representation", "classifier"):
+        representation = describe_representation(run, encoder, part)
+    with_head = part == "encoder" or (representation and hp.emb_pool == "features")
+    dim = hp.h_dim if with_head else n_features
+    if representation:
+        dim = representation["n_classes"] or representation["dim"]
     return {
         "format": format,
-        "file": ("encoder" if head else "backbone") + EXTENSIONS[format],
+        "file": part + EXTENSIONS[format],
+        "output": OUTPUTS[part],
         "arch": hp.arch,
         "network": describe_backbone(hp),
-        "head": layer if head else None,
+        "head": layer if with_head else None,
+        "representation": representation,
         "features": n_features,
-        "dim": hp.h_dim if head else n_features,
-        "input_size": hp.patch_size,
+        "dim": dim,
+        "input_size": hp.image_size if representation else hp.patch_size,
         "image_size": hp.image_size,
         # Of pixels in [0, 1]: the network sees [-1, 1].
         "normalisation": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
@@ -117,6 +177,33 @@ def describe(run, encoder, format, head):
         "class_names": run.fingerprints["class_names"],
         "epoch": epoch,
         "step": step,
+    }
+
+
+def describe_representation(run, encoder, part):
+    """Return what load.build_representation takes, beside the backbone and the head.
+
+    Raises UsageError if one pass of a network can't express the representation of the run.
+    """
+    hp = run.hp
+    if hp.eval_views != "whole":
+        raise UsageError(
+            f"--{part} needs a run that encodes whole images, and {run.dir} has eval_views "
+            f"{hp.eval_views}: resume it with --eval_views whole, or use embed"
+        )
+    if hp.emb_pool == "proj":
+        raise UsageError(f"--{part} can't be the projection: resume with another --emb_pool")
+    class_names = run.fingerprints["class_names"]
+    if part == "classifier" and not class_names:
+        raise UsageError(f"--classifier needs a run with labels, and {run.dir} has none")
+    return {
+        "emb_pool": hp.emb_pool,
+        "pool_grid": hp.pool_grid,
+        "mirror": hp.mirror,
+        "image_size": hp.image_size,
+        "side": hp.test_views.side,
+        "dim": hp.pool_grid**2 * dims_of(encoder)[hp.emb_pool],
+        "n_classes": len(class_names) if part == "classifier" else None,
     }
 
 
@@ -150,7 +237,7 @@ def write(network, description, folder):
 def write_network(file, network, description):
     """Write the network in its format into an open file."""
     if description["format"] == "onnx":
-        file.write(onnx_graph(network, description["input_size"]))
+        file.write(onnx_graph(network, description))
         return
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     if description["format"] == "safetensors":
@@ -162,17 +249,18 @@ def write_network(file, network, description):
         torch.save(weights, file)
 
 
-def onnx_graph(network, size):
-    """Return the bytes of an ONNX file: images (N, 3, size, size) -> features (N, dim), for any N.
+def onnx_graph(network, description):
+    """Return the bytes of an ONNX file: images (N, 3, S, S) -> outputs (N, dim), for any N.
 
-    Both are float32.
+    S is the description's input_size. Both are float32.
     """
+    size = description["input_size"]
     program = torch.onnx.export(
         fold_batch_norm(network).to(memory_format=torch.contiguous_format),
         (torch.zeros(2, 3, size, size),),
         dynamo=True,
         input_names=["images"],
-        output_names=["features"],
+        output_names=[description["output"]],
         dynamic_shapes=({0: torch.export.Dim("N")},),
         verbose=False,
     )

@@ -8,8 +8,19 @@ import sys
 import pytest
 import torch
 import yaml
-from helpers import ROOT, RUN, contents, fingerprints, refused, resume, run, trained_with
+from helpers import (
+    ROOT,
+    RUN,
+    changed_files,
+    contents,
+    fingerprints,
+    refused,
+    resume,
+    run,
+    trained_with,
+)
 
+import forecast
 from experiment import Run
 from hparams import PRESETS, SETTINGS
 from infra import device
@@ -28,6 +39,34 @@ def test_a_preset_is_ordinary_hyperparameters(finished, tmp_path):
     assert vars(Run(exp_dir).read_hparams()) == {**defaults, **PRESETS["laptop"], **given}
 
 
+def test_a_budget_sets_the_epochs_of_a_new_run(tiny, tmp_path, monkeypatch):
+    """12 seconds without 5 of encoding and 1 of the probe are 30 steps of 0.2 s, six an epoch."""
+    costs = forecast.Costs(step=0.2, encoding=5.0, probe=1.0)
+    monkeypatch.setattr(forecast, "measure_costs", lambda *_: costs)
+    i = tiny.index("--n_epochs")
+    argv = [*tiny[:i], *tiny[i + 2 :]]
+    argv += ["--log_folder", tmp_path, "--budget", "0.2"]
+    result = run(*argv)
+    assert result.code == 0, result.err
+    assert "--budget 0.2: n_epochs 5, 30 steps of 0.2 s" in result.out
+    exp_dir = tmp_path / RUN
+    assert Run(exp_dir).read_hparams().n_epochs == 5
+    before = fingerprints(exp_dir)
+    monkeypatch.setattr(forecast, "measure_costs", None)
+    assert run(*argv).code == 0
+    assert not changed_files(exp_dir, before)
+    assert refused(run(*argv, "--n_epochs", "3"), 2, "--budget sets n_epochs")
+    assert refused(run(*argv, "--budget", "nan"), 2, "minutes above 0")
+
+
+def test_a_budget_that_leaves_no_time_for_training(tiny, tmp_path):
+    i = tiny.index("--n_epochs")
+    argv = [*tiny[:i], *tiny[i + 2 :]]
+    result = run(*argv, "--log_folder", tmp_path, "--budget", "0.0001")
+    assert refused(result, 2, "too short", "encoding takes about", "--n_images")
+    assert not list(tmp_path.iterdir())
+
+
 def test_config_from_another_run(finished, tmp_path):
     command = ["train", "--config_from", finished, "--log_folder"]
     result = run(*command, tmp_path, "--exp_name", "new", "--n_epochs", "1")
@@ -44,6 +83,8 @@ def test_config_from_another_run(finished, tmp_path):
         "--optimizer sgd --lr 0.01 --activation tanh --no-batch_norm --n-epochs=1",
         "--uniformity_loss vonmises --emb_pool proj --invariance_loss_weight 1.5 --n_epochs 1 "
         "--deterministic",
+        "--uniformity_loss contrastive --invariance_loss_weight 10.0 --temperature 0.1 "
+        "--eval_views whole --mirror --n_epochs 1 --max_patches 5",
         "--precision bf16 --n_images 12 --test_patches 3 --n_epochs 1 --save_proj",
         "--n_epochs 0",
     ],

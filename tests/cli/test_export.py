@@ -1,6 +1,7 @@
 """The encoder in foreign libraries, and the embeddings of any folder."""
 
 import importlib.util
+import itertools
 import json
 import shutil
 import subprocess
@@ -37,7 +38,8 @@ def exported(exp_dir, kind, *more):
     """Export; return the path of the weights, and the description beside it."""
     result = run("export", "--exp_dir", exp_dir, "--format", kind, *more)
     assert result.code == 0, result.err
-    stem = "encoder" if more else "backbone"
+    (part,) = more or ("--backbone",)
+    stem = {"--head": "encoder"}.get(part, part[2:])
     path = exp_dir / "export" / (stem + export.EXTENSIONS[kind])
     assert path.exists()
     assert path.with_name(f"{stem}_{kind}.py").exists()
@@ -213,6 +215,54 @@ def test_the_code_beside_an_export_reads_the_pixels_that_the_program_reads(finis
     Image.fromarray(rng.random((20, 20), np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(ValueError, match=r"float\.tif has floating-point pixels"):
         code.read(tmp_path / "float.tif")
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        "--emb_pool blocks --pool_grid 2 --mirror --standardize",  # the images as wide as they are
+        "--emb_pool stages --pool_grid 2 --input_size 32",  # resized to 64 pixels
+        "--emb_pool features --mirror --input_size 48",  # resized to 96 pixels, by cubic splines
+    ],
+)
+def test_the_representation_and_the_classifier_of_a_run_as_one_network(
+    tiny, images, tmp_path, pool
+):
+    """In each format they equal embed, and the probe's choice for each test image is the same."""
+    options = ["--eval_views", "whole", "--input_size", "8", *pool.split()]
+    assert run(*tiny, *options, "--eval_lr", "0.01", "--log_folder", tmp_path).code == 0
+    exp_dir = tmp_path / RUN
+    test = files.read_pt(exp_dir / "artifacts" / "test.pt")
+    probe = files.read_pt(exp_dir / "probe.pt")
+    paths = [images / name for name in test["paths"]]
+    logits = test["embeddings"] @ probe["weight"].T + probe["bias"]
+    top1 = 100 * (logits.argmax(1) == test["labels"]).float().mean().item()
+    assert top1 == files.read_json(exp_dir / "linear_accuracy.json")["top1"]
+    for kind, (part, expected) in itertools.product(
+        export.EXTENSIONS, {"representation": test["embeddings"], "classifier": logits}.items()
+    ):
+        path, description = exported(exp_dir, kind, f"--{part}")
+        code = load_code(path.with_name(f"{part}_{kind}.py"))
+        x = np.concatenate([code.read(path) for path in paths])  # (N, 3, 16, 16)
+        if kind == "onnx":
+            output = torch.from_numpy(code.load()(x))
+        else:
+            output = code.load()(torch.from_numpy(x))
+        assert output.shape[1] == description["dim"]
+        atol = 1e-4 * max(1, expected.abs().max().item())
+        torch.testing.assert_close(output, expected, rtol=0, atol=atol)
+
+
+def test_what_one_network_cannot_express_is_refused(finished, tmp_path):
+    exp_dir = shutil.copytree(finished, tmp_path / "run")
+    argv = ["export", "--exp_dir", exp_dir, "--format", "torchvision"]
+    refused(run(*argv, "--classifier"), 2, "eval_views", "--eval_views whole", "embed")
+    edit(exp_dir, eval_views="whole")
+    refused(run(*argv, "--classifier"), 2, "no linear probe of these settings", "resume")
+    refused(run(*argv, "--head", "--classifier"), 2, "not allowed with")
+    edit(exp_dir, emb_pool="proj")
+    refused(run(*argv, "--representation"), 2, "projection")
+    assert not (exp_dir / "export").exists()
 
 
 def test_the_encoder_in_python(finished, images, tmp_path):

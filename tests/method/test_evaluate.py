@@ -90,6 +90,53 @@ def test_parts_of_a_grid_stand_side_by_side(encoder, images):
     torch.testing.assert_close(encoded["embeddings"], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pool", ["stages", "blocks"])
+def test_a_whole_image_and_its_mirror_image_are_pooled_in_places(images, pool):
+    """The means of quarters of what torchvision's modules give, over image and mirror image."""
+    encoder = Encoder("resnet18-mini", 16, 8).eval()
+    maps = []
+    net = encoder.backbone
+    blocks = [block for stage in (net.layer1, net.layer2, net.layer3) for block in stage]
+    wanted = {"stages": blocks[1::2], "blocks": [net.relu, *blocks]}[pool]
+    for module in wanted:
+        module.register_forward_hook(lambda module, args, out: maps.append(out))
+    x = images.float() / 127.5 - 1
+    with torch.no_grad():
+        net(x)
+        net(x.flip(3))
+    n = len(wanted)
+    pairs = zip(maps[:n], maps[n:], strict=True)
+    means = [
+        F.avg_pool2d(a + b, a.shape[2] // 2).flatten(1) / 2 for a, b in pairs
+    ]  # (B, C 2 2) each
+    views = Views(1, "whole", size=16, mirror=True)
+    output = Output(pool, pool_grid=2, save_proj=True)
+    encoded = encode(encoder, images, views, lambda step: None, output=output)
+    assert encoded["n_views"] == 2
+    torch.testing.assert_close(encoded["embeddings"], torch.cat(means, 1), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        h, z = encoder(x.flip(3))
+    torch.testing.assert_close(encoded["features"][:, 1].float(), h, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(encoded["projections"][:, 1].float(), z, rtol=2e-3, atol=1e-3)
+
+
+def test_a_whole_image_is_as_large_as_its_patches_are_in_the_network(images):
+    """Of 32 pixels, with patches of 16 pixels that are resized to 32, it becomes 64 pixels wide."""
+    x = patches.sample_views(images, Views(1, "whole", size=32), None)
+    expected = F.interpolate(images.float(), size=64, mode="bilinear") / 127.5 - 1
+    torch.testing.assert_close(x[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["grid", "crops", "augmented"])
+def test_mirrored_views_are_those_of_the_mirror_image(images, kind):
+    views = Views(4, kind)
+    x = patches.sample_views(images, views._replace(mirror=True), generator(0, "t"))
+    rng = generator(0, "t")
+    expected = [patches.sample_views(part, views, rng) for part in (images, images.flip(3))]
+    assert torch.equal(x, torch.cat(expected))
+    assert len(x) == views._replace(mirror=True).count == 8
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_encode_leaves_the_encoder_as_it_was(encoder, images, training):
     encoder.train(training)

@@ -22,8 +22,9 @@ from model import (
     Encoder,
     build_backbone,
     fold_batch_norm,
+    map_means,
     stage_dim,
-    stage_means,
+    stage_maps,
 )
 from patches import Views
 from weights import load_backbone
@@ -35,8 +36,8 @@ X = torch.randn(3, 3, 32, 32, generator=generator(0, "t"))
 def test_shapes_and_unit_vectors(arch):
     encoder = Encoder(arch, h_dim=24, z_dim=12)
     backbone, feature_dim = build_backbone(arch)
-    small = {"resnet18-mini": 256, "resnet18-tiny": 128}
-    assert feature_dim == small.get(arch, 2048 if "50" in arch else 512)
+    small = {"mini": 256, "tiny": 128}
+    assert feature_dim == small.get(arch.split("-")[1], 2048 if "50" in arch else 512)
     for size in (32, 48):
         x = torch.randn(3, 3, size, size)
         assert backbone(x).shape == (3, feature_dim)
@@ -85,7 +86,11 @@ def test_resnets_equal_torchvisions(name):
     theirs = torchvision.models.get_model(name)
     theirs.fc = nn.Identity()
     ours, dim = build_backbone(f"{name}-imagenet")
-    assert dim == ours.eval()(X).shape[1] == stage_means(ours, X).shape[1] - stage_dim(ours) + dim
+    assert dim == ours.eval()(X).shape[1]
+    for pool in ("stages", "blocks"):
+        means = map_means(stage_maps(ours, X, pool))
+        assert means.shape[1] == stage_dim(ours, pool)
+        torch.testing.assert_close(means[:, -dim:], ours(X))
     ours.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(ours(X), theirs.eval()(X), rtol=1e-3, atol=1e-4)
     assert any(isinstance(module, Conv3x3) for module in ours.modules())

@@ -8,7 +8,7 @@ import torch
 from helpers import pictures
 
 from benchmarks import peers, peers_methods
-from benchmarks.peers_methods import METHODS, Try
+from benchmarks.peers_methods import METHODS, PRESET_TRY, Try
 from data import ImageSet, load_images, select
 from infra.device import generator
 from model import build_backbone
@@ -54,9 +54,9 @@ def test_colours_of_views_are_augmented_in_their_own_order():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_trains_the_backbone_by_each_of_its_optimizers(name):
-    if name not in ("preset", "lars", "supervised"):
+    if name not in ("preset", "supervised"):
         pytest.importorskip("lightly")
-    for _, how in peers.not_timed([name], {}):  # one of each optimizer
+    for _, how in peers.not_timed([name], {}):  # one of each optimizer and settings
         backbone, _, step = METHODS[name].build(how, False)
         assert backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
         first = [p.clone() for p in backbone.parameters()]
@@ -110,14 +110,16 @@ def test_the_covariance_of_vicreg_is_lightlys():
 
 
 def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(peers, "kmeans_row", lambda *_: {})
+    kmeans = {}, [torch.zeros(160, 3), torch.zeros(160, 3)]
+    monkeypatch.setattr(peers, "kmeans_row", lambda *_: kmeans)
     monkeypatch.setattr(peers, "untrained_entry", lambda *_: {})
     for name, value in {"TRIED": 20, "N_FIT": 60, "N_SCORED": 40}.items():
         monkeypatch.setattr(peers, name, value)
     monkeypatch.setattr(peers, "FIT", peers.FIT._replace(n_epochs=2))
-    for name in ("preset", "supervised"):
-        monkeypatch.setitem(METHODS, name, METHODS[name]._replace(bs=4))
-    seconds = {"preset muon": 10, "supervised sgd": 10, "supervised muon": 20}
+    small = PRESET_TRY._replace(settings="--bs 4")
+    monkeypatch.setitem(METHODS, "preset", METHODS["preset"]._replace(tries=(small,)))
+    monkeypatch.setitem(METHODS, "supervised", METHODS["supervised"]._replace(bs=4))
+    seconds = {"preset muon --bs 4": 10, "supervised sgd": 10, "supervised muon": 20}
     timed = {name: {"seconds": value} for name, value in seconds.items()}
     monkeypatch.setattr(peers, "time_steps", lambda *_: timed)
     few = textures(25)  # 160 images
@@ -134,8 +136,10 @@ def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys)
     assert short["n_steps"] == 20 / seconds[f"supervised {short['optimizer']}"]
     assert list(short["scores"]) == ["sgd 0.06", "muon 0.02", "muon 0.05", "muon 0.1"]
     assert short["scores"][chosen] == max(short["scores"].values())
-    assert list(long["scores"]) == [chosen] and len(list((tmp_path / "logs").iterdir())) == 4 + 3
-    assert short["size"] in (24, 32) and rows["preset", 40]["size"] == 32
+    n_runs = len(list((tmp_path / "logs").glob("*steps*")))
+    assert list(long["scores"]) == [chosen] and n_runs == 4 + 3
+    assert short["size"] in (12, 16) and rows["preset", 40]["size"] == 16
+    assert rows["preset", 40]["with_kmeans_top1"] == rows["preset", 40]["top1"]  # they are zeros
     capsys.readouterr()
     peers.main(argv)
     assert path.read_text() == text and not capsys.readouterr().out
@@ -147,21 +151,21 @@ def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys)
     assert last["seed"] == 43 and list(last["scores"]) == [chosen]
     other = text.replace('"precision": "', '"precision": "other ')
     for content, options, reason in (
-        (elsewhere, [], "none of lars with lars"),
+        (elsewhere, [], "none of byol with sgd 0.06"),
         (other, [], "in other"),
-        (text, ["--budgets", "40"], "no choice of lars: give --budgets 20, too"),
+        (text, ["--budgets", "40"], "no choice of byol: give --budgets 20, too"),
     ):
         path.write_text(content)
         with pytest.raises(SystemExit):
-            peers.main([*argv, "--methods", "lars", *options])
+            peers.main([*argv, "--methods", "byol", *options])
         assert reason in capsys.readouterr().err and path.read_text() == content
 
 
 def test_the_scored_images_train_nothing():
-    images = ImageSet(torch.arange(9000), torch.arange(9000), ())
+    images = ImageSet(torch.arange(29000), torch.arange(29000), ())
     scored, fitted, rest = (set(part.labels.tolist()) for part in peers.scored_split(images, 42))
     assert len(scored) == peers.N_SCORED and len(fitted) == peers.N_FIT
-    assert not scored & rest and fitted < rest and scored | rest == set(range(9000))
+    assert not scored & rest and fitted < rest and scored | rest == set(range(29000))
 
 
 def test_a_method_learns():
@@ -175,7 +179,7 @@ def test_a_method_learns():
         peers.train_method(method, Try("muon", rate), 0, train, 15, False) for rate in (1e-9, 0.05)
     )
     scores = [
-        peers.accuracies_of(backbone, train, test, 0, False)["knn_top1"]
+        peers.accuracies_of(backbone, train, test, 0, False, size=8)["knn_top1"]
         for backbone in (still, trained)
     ]
     assert scores[1] > scores[0] + 10

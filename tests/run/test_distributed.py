@@ -57,7 +57,10 @@ def assert_equal_to_rounding(one, other):
     assert gradient < 1e-5
 
 
-@pytest.mark.parametrize("more", ["--uniformity_loss vonmises", "--bags 2"])
+@pytest.mark.parametrize(
+    "more",
+    ["--uniformity_loss vonmises", "--uniformity_loss contrastive --temperature 0.1", "--bags 2"],
+)
 def test_loss_and_gradient_of_two_processes_are_those_of_one(more, tmp_path):
     options = f"{SMALL} {more}"
     one = by_this_process(options, tmp_path)

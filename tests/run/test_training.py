@@ -43,6 +43,8 @@ def plain_losses(hp, z):
     invariance = loss.invariance_loss(z)
     if hp.uniformity_loss == "vonmises":
         return invariance, loss.vonmises_loss(z)
+    if hp.uniformity_loss == "contrastive":
+        return invariance, loss.contrastive_loss(z, hp.temperature)
     return invariance, loss.tcr_loss(z, hp.tcr_eps)
 
 
@@ -76,6 +78,7 @@ def plain_loop(hp):
         "",
         "--optimizer sgd --lr 0.01 --weight_decay 0.1",
         "--uniformity_loss vonmises --uniformity_loss_weight 30",
+        "--uniformity_loss contrastive --temperature 0.5 --invariance_loss_weight 10",
         "--tcr_eps 0.5 --invariance_loss_weight 3 --weight_decay 0.5 --n_patches 3 --seed 7",
         "--n_patches 4 --bags 2 --input_size 8 --n_epochs 1.5",
         "--schedule constant",
@@ -90,7 +93,7 @@ def test_training_is_what_a_plain_loop_does(tiny, tmp_path, options):
     assert all(torch.equal(trained[name], value) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("uniformity_loss", ["tcr", "vonmises"])
+@pytest.mark.parametrize("uniformity_loss", loss.UNIFORMITY)
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_a_step_never_waits_for_the_device(device, uniformity_loss, monkeypatch):
     """The device "meta" has no values to read; on the CPU, the functions that read one fail."""
@@ -290,7 +293,7 @@ def test_no_float64_in_a_training_step_or_the_encoding(finished):
     encoder = new_encoder(hp)
     images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     with Types():
-        for uniformity_loss in ("tcr", "vonmises"):
+        for uniformity_loss in loss.UNIFORMITY:
             step_hp = replace(hp, uniformity_loss=uniformity_loss)
             optimizer = train.build_optimizer(hp, encoder)
             step = train.build_step(step_hp, encoder, optimizer, bf16=False)
