@@ -188,26 +188,43 @@ def per_class(confusion, class_names):
 
 
 @torch.no_grad()
-def knn(x, y, x_test, y_test, n_classes, k=20, temperature=0.07, chunk=1000):
+def knn(x, y, x_test, y_test, n_classes, k=20, temperature=0.07, bf16=False):
     """Return the top-1 accuracy, in percent, of the k nearest neighbours by cosine.
 
     Each votes with exp(cosine / temperature). x float32 (N, d), y int64 (N,), x_test (M, d), y_test
-    (M,), all on one device. If N is less than k, all of x vote.
+    (M,), all on one device. If N is less than k, all of x vote. bf16: see `nearest`.
     Source: the weighted kNN of arXiv 1805.01978, section 3.4.
     """
     x = F.normalize(x, dim=1)
+    rounded = x.bfloat16() if bf16 else None
     votes = F.one_hot(y, n_classes).to(x.dtype)  # (N, C)
+    chunk = 100 if bf16 else 1000
     queries = F.normalize(x_test, dim=1).split(chunk)
     hits = 0
     for query, truth in zip(queries, y_test.split(chunk), strict=True):
-        cosine, neighbour = (query @ x.T).topk(min(k, len(x)))  # (chunk, k)
+        cosine, neighbour = nearest(x, query, k, rounded)  # (chunk, k)
         score = torch.einsum("qk,qkc->qc", (cosine / temperature).exp(), votes[neighbour])
         hits += (score.argmax(1) == truth).sum()
     return 100 * hits.item() / len(x_test)
 
 
+def nearest(x, query, k, rounded=None):
+    """Return (cosines, indices) of the k rows of x (N, d) that are nearest to each query (n, d).
+
+    All are unit vectors. rounded: x in bfloat16. The cosines with it only choose the candidates,
+    three times as many as k: with 8,192 dimensions, two cores take two thirds of the time.
+    """
+    k = min(k, len(x))
+    if rounded is None:
+        return (query @ x.T).topk(k)
+    candidates = (query.bfloat16() @ rounded.T).topk(min(3 * k, len(x))).indices  # (n, 3 k)
+    cosines = torch.einsum("nd,ncd->nc", query, x[candidates])
+    cosine, order = cosines.topk(k)
+    return cosine, candidates.gather(1, order)
+
+
 # Accuracies in addition to the probe's.
-# name: (title, function of (x, y, x_test, y_test, n_classes) -> top-1 in percent)
+# name: (title, function of (x, y, x_test, y_test, n_classes, bf16=) -> top-1 in percent)
 METRICS = {"knn_top1": ("20-NN", knn)}
 
 
@@ -235,7 +252,7 @@ def fit_probe(run, encoded):
     if n_classes > MOST_CLASSES:
         del result["confusion"]
     for name, (_, metric) in METRICS.items():
-        result[name] = metric(x, y, x_test, y_test, n_classes)
+        result[name] = metric(x, y, x_test, y_test, n_classes, bf16=run.bf16)
     result |= {"n_train": len(x), "n_test": len(x_test), "seconds": time.monotonic() - start}
     return {**layer.state_dict(), "class_names": class_names, "result": result}
 

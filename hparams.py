@@ -323,20 +323,23 @@ SETTINGS = {field.name: declared(field) for field in fields(Hparams)}
 # Named sets of settings, for train --preset NAME.
 PRESETS = {
     "laptop": {
-        "arch": "resnet18-tiny",
+        "arch": "resnet10-mini",
         "input_size": 16,
-        "h_dim": 1024,
-        "z_dim": 256,
-        "n_patches": 8,
+        "h_dim": 512,
+        "z_dim": 128,
+        "n_patches": 4,
         "bs": 50,
-        "n_epochs": 1.0,
+        "n_epochs": 1.5,
         "optimizer": "muon",
         "lr": 0.05,
-        "test_patches": 16,
-        "emb_pool": "stages",
+        "uniformity_loss": "contrastive",
+        "invariance_loss_weight": 10.0,
+        "eval_views": "whole",
+        "mirror": True,
+        "emb_pool": "blocks",
         "pool_grid": 4,
         "standardize": True,
-        "n_eval_epochs": 30,
+        "n_eval_epochs": 10,
     },
 }
 

@@ -34,6 +34,7 @@ from benchmarks.peers_methods import (
     PIXELS,
     PRESET_TRY,
     Try,
+    arch_of,
     batch_size,
     label,
     settings_of,
@@ -47,6 +48,7 @@ from infra.device import configure, generator
 from model import Encoder, build_backbone
 from optimizers import learning_rate, set_learning_rate
 
+COMPARED = tuple(name for name in METHODS if name != "search")
 BUDGETS = (60, 180, 600, 1800)  # seconds
 TRIED = 60  # seconds; up to this budget a method tries everything
 N_CENTROIDS = 400  # of k-means
@@ -105,7 +107,7 @@ def accuracies_of(backbone, images, test_images, seed, bf16, size=PIXELS, kmeans
     fit = FIT._replace(seed=seed, bf16=bf16)
     result, _ = linear_probe(x, y, x_test, y_test, 10, fit)
     accuracies = {name: result[name] for name in ("top1", "train_top1")}
-    accuracies["knn_top1"] = knn(x, y, x_test, y_test, 10)
+    accuracies["knn_top1"] = knn(x, y, x_test, y_test, 10, bf16=bf16)
     if kmeans:
         x = torch.cat([x, kmeans[0].float()], 1)
         x_test = torch.cat([x_test, kmeans[1].float()], 1)
@@ -182,7 +184,7 @@ def budget_row(options, name, budget, results, images, kmeans, bf16):
         runs[how] = {"n_steps": n_steps, **run}
     how = max(runs, key=lambda how: runs[how]["score"])
     run = runs[how]
-    backbone = build_backbone(ARCH)[0]
+    backbone = build_backbone(arch_of(METHODS[name], how))[0]
     backbone.load_state_dict(run["backbone"])
     return {
         "method": name,
@@ -259,7 +261,7 @@ def main(argv=None):
     made.add_argument("--dataset", default="folder")
     made.add_argument("--data_dir", required=True)
     made.add_argument("--budgets", nargs="+", type=int, default=BUDGETS, help="seconds of training")
-    made.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS))
+    made.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=COMPARED)
     made.add_argument("--seed", type=int, default=42)
     made.add_argument("--log_folder", type=Path, default=Path("logs/peers"))
     options = made.parse_args(argv)

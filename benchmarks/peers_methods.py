@@ -13,7 +13,6 @@ from torchvision.ops import roi_align
 
 from cli import hparams_of, parse
 from hparams import PRESETS
-from lars import LARS
 from model import BACKBONES, Encoder, build_backbone
 from optimizers import build_optimizer
 from patches import Augment, augment_, augmentation_plan, sample_params, to_signed
@@ -22,7 +21,6 @@ from train import build_step
 PRESET = PRESETS["laptop"]
 ARCH, PIXELS = PRESET["arch"], PRESET["input_size"]
 DIM = BACKBONES[ARCH][1]
-WEIGHT_DECAY = {"sgd": 5e-4, "muon": 0}
 BIASES = 0.024  # the learning rate of biases over that of weights in Barlow Twins' code, .0048 / .2
 
 
@@ -32,11 +30,11 @@ class Try(NamedTuple):
     settings: str = ""  # those of the method that are not its defaults: "temperature 0.2 area 0.2"
 
 
-BY_SGD = (Try("sgd", 0.06),)  # of lightly's CIFAR-10 benchmark, for batches of 128
-BY_LARS = (Try("lars", 0.03), Try("lars", 0.1), Try("lars", 0.3))
-BY_MUON = (Try("muon", 0.02), Try("muon", 0.05), Try("muon", 0.1))
-# Muon is slow for layers of 2048 x 2048.
-NARROW = tuple(how._replace(settings="width 1024") for how in BY_MUON)
+def by_muon(settings=""):
+    """Return tries of Muon at three rates, and with views of at least a quarter of the image."""
+    larger = f"{settings} area 0.25".strip()
+    at_rates = [Try("muon", rate, settings) for rate in (0.02, 0.05, 0.1)]
+    return (*at_rates, Try("muon", 0.05, larger))
 
 
 class Method(NamedTuple):
@@ -109,7 +107,7 @@ def covariance_loss(x):
 
 
 def barlow(backbone, width=2048, area=0.08):
-    """Barlow Twins. With LARS and Muon the scale of its large loss matters to 1-D weights alone."""
+    """Barlow Twins. With Muon the scale of its large loss matters to 1-D weights alone."""
     from lightly.loss import BarlowTwinsLoss
     from lightly.models.modules.heads import ProjectionHead
 
@@ -175,7 +173,8 @@ def build_peer(parts_of, how, bf16):
     settings = dict(zip(words[::2], map(float, words[1::2]), strict=True))
     head, forward, criterion = parts_of(backbone, **settings)
     network = nn.ModuleList([backbone, head])
-    optimizer = build_peer_optimizer(how.optimizer, how.rate, network, bf16)
+    hp = Namespace(optimizer=how.optimizer, lr=how.rate, weight_decay=0)
+    optimizer = build_optimizer(hp, network, bf16)
 
     def step(images, labels, rng):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -186,20 +185,6 @@ def build_peer(parts_of, how, bf16):
         optimizer.step()
 
     return backbone, optimizer, step
-
-
-def build_peer_optimizer(name, rate, network, bf16):
-    """Return an optimizer of a peer.
-
-    This program's LARS clips the step at a length that no rate here changes; theirs does not. With
-    the trust coefficient of .02, the rates tried move a matrix by .0006 to .018 of its norm a step.
-    The papers have .001, for training that is hundreds of times as long.
-    """
-    if name == "lars":
-        params = list(network.parameters())
-        return LARS(params, rate, momentum=0.9, weight_decay=1e-6, nesterov=True, eta=0.02)
-    hp = Namespace(optimizer=name, lr=rate, weight_decay=WEIGHT_DECAY[name])
-    return build_optimizer(hp, network, bf16)
 
 
 def build_emp_ssl(how, bf16):
@@ -218,28 +203,54 @@ def settings_of(how):
 
 
 PRESET_TRY = Try(PRESET["optimizer"], PRESET["lr"])
-TEMPERATURES = tuple(
-    Try("muon", rate, f"temperature 0.2 area {area}")
-    for rate in (0.05, 0.1)
-    for area in (0.08, 0.25)
+# What the preset was chosen from: each changes one thing of it.
+SEARCH = (
+    PRESET_TRY,
+    Try("muon", 0.02),
+    Try("muon", 0.1),
+    *(
+        Try("muon", 0.05, settings)
+        for settings in (
+            "--uniformity_loss tcr --invariance_loss_weight 200",
+            "--temperature 0.1 --invariance_loss_weight 20",
+            "--temperature 0.4 --invariance_loss_weight 5",
+            "--n_patches 8",
+            "--n_patches 8 --bs 25",
+            "--n_patches 2 --bs 100",
+            "--bs 25",
+            "--bs 100",
+            "--h_dim 1024 --z_dim 256",
+            "--jitter 0.5 --blur 0 --solarise 0",
+            "--arch resnet10-tiny",
+            "--arch resnet18-tiny",
+        )
+    ),
 )
-MOMENTA = (Try("muon", 0.05, "momentum 0.9"), Try("muon", 0.05, "momentum 0.97"))
-EVERY = BY_SGD + BY_LARS + BY_MUON
 EMP_SSL = partial(Method, build=build_emp_ssl, sizes=(PIXELS,))
 METHODS = {
     "preset": EMP_SSL("EMP-SSL, --preset laptop", tries=(PRESET_TRY,)),
-    "simclr": Method("SimCLR", partial(build_peer, simclr), EVERY + TEMPERATURES),
-    # lightly's CIFAR-10 benchmark does not have VICReg, and so no rate of SGD
-    "vicreg": Method("VICReg", partial(build_peer, vicreg), BY_LARS + NARROW),
-    "barlow": Method("Barlow Twins", partial(build_peer, barlow), BY_SGD + BY_LARS + NARROW),
-    "byol": Method("BYOL", partial(build_peer, byol), EVERY + MOMENTA),
-    "supervised": Method("supervised", partial(build_peer, supervised), BY_SGD + BY_MUON),
+    "search": EMP_SSL("the search behind --preset laptop", tries=SEARCH),
+    "simclr": Method(
+        "SimCLR", partial(build_peer, simclr), (*by_muon("temperature 0.2"), Try("muon", 0.05))
+    ),
+    # Muon is slow for layers of 2048 x 2048.
+    "vicreg": Method("VICReg", partial(build_peer, vicreg), by_muon("width 1024")),
+    "barlow": Method("Barlow Twins", partial(build_peer, barlow), by_muon("width 1024")),
+    "byol": Method("BYOL", partial(build_peer, byol), by_muon("momentum 0.9")),
+    "supervised": Method(
+        "supervised", partial(build_peer, supervised), (Try("muon", 0.02), Try("muon", 0.05))
+    ),
 }
 
 
 def batch_size(method, how):
     """Return the images in a batch of a Try of a Method."""
     return settings_of(how).bs if method.build is build_emp_ssl else method.bs
+
+
+def arch_of(method, how):
+    """Return the architecture that a Try of a Method trains."""
+    return settings_of(how).arch if method.build is build_emp_ssl else ARCH
 
 
 def label(how):

@@ -20,11 +20,6 @@ GROUPS = {  # options that every row of a group starts from; the program's defau
         "--arch resnet18-tiny --input_size 16 --h_dim 1024 --z_dim 256 --n_patches 4 --bs 50 "
         "--n_epochs 1 --test_patches 4 --n_eval_epochs 50"
     ),
-    "search": (
-        "--n_images 20000 --optimizer muon --lr 0.05 --arch resnet18-tiny --input_size 16 "
-        "--h_dim 1024 --z_dim 256 --n_patches 8 --bs 50 --n_epochs 1 --test_patches 16 "
-        "--emb_pool stages --pool_grid 4 --standardize --n_eval_epochs 30"
-    ),
     "laptop": "--preset laptop",
     "demo": demo_options(),
     "precision": f"{PLAIN_RUN} {BASELINE_LIKE}",
@@ -134,15 +129,10 @@ VERDICTS = {  # of CPU; as good: within two points
     "mini": "better than the base: undecided",
 }
 TWO_SEEDS = ("base", "untrained", "muon", "three-quarters")  # in CPU
-SEARCH = {  # each changes one thing of the base of the search behind --preset laptop
-    "twice the patches": "--n_patches 16",
-    "base": "",
-    "half the batch": "--bs 25",
-    "0.4 of the rate": "--lr 0.02",
-    "half the patches, two epochs": "--n_patches 4 --n_epochs 2",
-    "LARS": "--optimizer lars --lr 0.3",
-}
-PAPERS = "--optimizer lars --lr 0.3 --emb_pool features --pool_grid 1 --no-standardize"
+PAPERS = (
+    "--optimizer lars --lr 0.3 --uniformity_loss tcr --invariance_loss_weight 200 "
+    "--emb_pool features --pool_grid 1 --no-standardize"
+)
 SIZES = {50000: "", 20000: "--n_images 20000", 5000: "--n_images 5000"}
 
 
@@ -172,7 +162,6 @@ def laptop_rows():
 ROWS = [
     *findings("findings-full", FULL),
     *findings("findings-cpu", CPU, TWO_SEEDS),
-    *(Row("search", name, name, options) for name, options in SEARCH.items()),
     *laptop_rows(),
     Row("demo", "trained", "trained", "", seeds=6),
     Row("demo", "untrained", "the same encoder, untrained", "--n_epochs 0", seeds=6),

@@ -3,13 +3,12 @@
     python -m benchmarks.study findings-cpu          # the published findings, small: hours
     python -m benchmarks.study findings-full         # in the published settings, for a GPU
     python -m benchmarks.study findings-cpu --only base sgd
-    python -m benchmarks.study search --list         # the command of each row
+    python -m benchmarks.study laptop --list         # the command of each row
 
-The other groups: search, the search behind --preset laptop; laptop, that preset beside LARS; demo,
-what `make demo` runs; precision, bf16, fp32 and the baseline. A run is a run folder in logs/GROUP:
-what is finished there is read and not run again, what was stopped goes on. CIFAR-10 is downloaded;
---dataset folder --data_dir DIR takes images in train/<class> and test/<class> instead. Then:
-python -m benchmarks.tables
+The other groups: laptop, the preset beside LARS; demo, what `make demo` runs; precision, bf16, fp32
+and the baseline. A run is a run folder in logs/GROUP: what is finished there is read and not run
+again, what was stopped goes on. CIFAR-10 is downloaded; --dataset folder --data_dir DIR takes
+images in train/<class> and test/<class> instead. Then: python -m benchmarks.tables
 """
 
 import contextlib

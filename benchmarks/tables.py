@@ -11,7 +11,8 @@ import statistics
 from functools import partial
 
 from benchmarks.common import RESULTS_FOLDER, ROOT, version_text
-from benchmarks.peers_methods import METHODS
+from benchmarks.peers import COMPARED, N_FIT, N_SCORED
+from benchmarks.peers_methods import METHODS, PRESET_TRY, label
 from benchmarks.rows import GROUPS, all_options, rows_of
 from benchmarks.speed import CHOICES
 from hparams import PRESETS, SETTINGS, STAGES, yaml_value
@@ -19,6 +20,7 @@ from infra import files
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "results.md")
 PEERS_FILES = ("benchmarks/peers.py", "benchmarks/peers_methods.py")
+OTHER_SCORES = ("knn_top1", "with_kmeans_top1")  # beside top1 in the table of peers.py
 SPEED_FILES = ("benchmarks/speed.py", "benchmarks/baseline.py")
 HEADERS = {  # of the columns of study_table
     "options": "options",
@@ -194,7 +196,8 @@ def peers_by_budget(results):
     """Return {method: {budget in seconds: its rows, one for each seed}} of a file of peers.py."""
     methods = {}
     for row in results["rows"]:
-        methods.setdefault(row["method"], {}).setdefault(row["budget"], []).append(row)
+        if row["method"] in COMPARED:
+            methods.setdefault(row["method"], {}).setdefault(row["budget"], []).append(row)
     return methods
 
 
@@ -203,10 +206,10 @@ def minutes_text(budget):
 
 
 def peers_table():
-    """Return the table of top-1 and 20-NN by method and budget, and how it was measured."""
+    """Return the table of top-1, 20-NN and top-1 beside k-means features, by method and budget."""
     results = results_of("peers")
     methods = peers_by_budget(results)
-    budgets = sorted({row["budget"] for row in results["rows"]})
+    budgets = sorted({budget for by_budget in methods.values() for budget in by_budget})
     lines = []
     for method, by_budget in methods.items():
         cells = [peers_cell(by_budget.get(budget, [])) for budget in budgets]
@@ -216,21 +219,45 @@ def peers_table():
     k, untrained = results["kmeans"], results["untrained"]
     return (
         f"{markdown(['', *map(minutes_text, budgets), 'commit'], lines)}\n\n"
-        f"Top-1 of the linear probe, then of 20-NN. CIFAR-10, all test images, "
-        f"{seeds_text(n_seeds)}. Both use the labels of {results['rows'][0]['n_probe']:,} training "
-        f"images. k-means features "
-        f"with {k['n_centroids']} centroids, learned from {k['n_images']:,} images and with their "
-        f"labels: {k['top1']:.1f}% in {k['seconds']:.0f} s, probe included; the network untrained: "
+        f"Top-1 of the linear probe; of 20-NN; of the probe with k-means features beside. "
+        f"CIFAR-10, all test images, {seeds_text(n_seeds)}. The probes use the labels of "
+        f"{results['rows'][0]['n_probe']:,} training images. The k-means features, with "
+        f"{k['n_centroids']} centroids, by themselves: {k['top1']:.1f}%; the network untrained: "
         f"{untrained['top1']:.1f}% (commits {version_text([k, untrained], *PEERS_FILES)}). "
         f"{measured_by('peers --data_dir DIR', [results['machine']])}"
+    )
+
+
+def search_table():
+    """Return the table of the search behind the preset: what each row changes, and its score."""
+    results = results_of("peers")
+    (row,) = [row for row in results["rows"] if row["method"] == "search"]
+    base = row["scores"][label(PRESET_TRY)]
+    lines = [
+        [
+            "the preset" if name == label(PRESET_TRY) else f"`{name}`",
+            f"{score:.1f}%",
+            f"{score - base:+.1f}",
+        ]
+        for name, score in row["scores"].items()
+    ]
+    lines.sort(key=lambda line: -float(line[1][:-1]))
+    columns = ["Muon's rate, and what differs from the preset", "top-1", "beside the preset"]
+    commit = version_text([row], *PEERS_FILES)
+    command = "peers --methods search --budgets 60 --data_dir DIR"
+    return (
+        f"{markdown(columns, lines)}\n\n"
+        f"One minute of training, one seed; the linear probe with {N_FIT:,} labels, scored on "
+        f"{N_SCORED:,} other training images, without mirror images. Commit {commit}. "
+        f"{measured_by(command, [results['machine']])}"
     )
 
 
 def peers_cell(rows):
     if not rows:
         return ""
-    knn = statistics.mean(row["knn_top1"] for row in rows)
-    return f"{spread(rows, 'top1')}; {knn:.1f}%"
+    others = [statistics.mean(row[name] for row in rows) for name in OTHER_SCORES]
+    return "; ".join([spread(rows, "top1"), *(f"{value:.1f}%" for value in others)])
 
 
 def speed_table():
@@ -286,6 +313,7 @@ TABLES = {
     "laptop": laptop_table,
     "summary": summary_table,
     "peers": peers_table,
+    "search": search_table,
     "speed-cpu": speed_table,
     "choices": choices_table,
 }

@@ -22,6 +22,7 @@ from evaluate import (
     effective_rank,
     knn,
     linear_probe,
+    nearest,
     uniformity,
 )
 from infra.device import generator
@@ -158,6 +159,17 @@ def test_encode_tunes_no_kernels(encoder, images, monkeypatch):
     assert torch.backends.cudnn.benchmark
 
 
+def test_candidates_in_bf16_give_the_same_neighbours():
+    x = F.normalize(torch.randn(500, 64, generator=generator(0, "x")), dim=1)
+    query = F.normalize(torch.randn(30, 64, generator=generator(1, "x")), dim=1)
+    cosine, index = nearest(x, query, 5)
+    in_bf16 = nearest(x, query, 5, x.bfloat16())
+    assert torch.equal(in_bf16[1], index)
+    torch.testing.assert_close(in_bf16[0], cosine)
+    few = nearest(x[:3], query, 5, x[:3].bfloat16())
+    assert few[1].shape == (30, 3)
+
+
 def test_linear_probe_learns_and_reports_last_and_best():
     train, test = blobs(300, 0), blobs(101, 1)
     fit = Fit(lr=0.1, n_epochs=5, bs=32)
@@ -275,7 +287,7 @@ def test_knn_equals_a_plain_loop():
             for i in sorted(range(50), key=lambda i: -cosine[i])[:k]:
                 votes[y[i]] += math.exp(cosine[i] / 0.07)
             hits += votes.index(max(votes)) == truth
-        assert knn(x, y, x_test, y_test, 3, k=k, chunk=7) == pytest.approx(100 * int(hits) / 31)
+        assert knn(x, y, x_test, y_test, 3, k=k) == pytest.approx(100 * int(hits) / 31)
 
 
 def test_the_effective_rank_is_the_entropy_of_the_singular_values():
