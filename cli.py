@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from experiment import Run
-from hparams import PRESETS, SETTINGS, STAGES, abbreviated, from_dict
+from hparams import LIGHTER, PRESETS, SETTINGS, STAGES, abbreviated, from_dict
 from infra.errors import UsageError
 from infra.metrics import git_commit
 from tools.cleanup import add_cleanup
@@ -139,7 +139,8 @@ def add_train(commands):
         "--budget",
         type=minutes,
         metavar="MINUTES",
-        help="minutes that the run may take in all: a few steps are timed, and n_epochs is set",
+        help="minutes that the run may take in all: its parts are timed, and n_epochs is set; if "
+        "they are few, a preset takes a smaller network too",
     )
     run.add_argument(
         "--dry_run",
@@ -217,6 +218,12 @@ def hparams_of(args):
         raise UsageError("--budget sets n_epochs: give one of them")
     defaults = {name: setting.default for name, setting in SETTINGS.items()}
     return from_dict({**defaults, **base, **given}, "command line")
+
+
+def lighter_settings(args):
+    """Return what --budget may change of the preset of a train command, but for given settings."""
+    given = given_settings(args)
+    return [change for change in LIGHTER.get(args.preset, ()) if not change.keys() & given.keys()]
 
 
 def exp_dir_of(args, hp):

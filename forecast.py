@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -11,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import Images
 from encode import Output, batch_size, encode
-from evaluate import LRS, PROBE_LR, Fit, softmax_regressions
+from evaluate import LRS, PROBE_LR, Fit, knn, softmax_regressions
 from experiment import Machine, n_steps_in
-from hparams import to_yaml
+from hparams import to_yaml, yaml_value
 from images.cache import on_device
 from infra import distributed
 from infra.console import log
@@ -176,32 +177,39 @@ def dry_run(hp):
     )
 
 
-def epochs_in(hp, minutes):
-    """Return the n_epochs with which a run takes so many minutes in all, and print it.
+def within_budget(hp, minutes, lighter=()):
+    """Return hp with the n_epochs with which a run takes so many minutes in all, and print them.
 
-    A few steps, batches to encode and rounds of the probe are timed. Raises UsageError if encoding
-    and the probe leave no time for training.
+    A few steps, batches to encode and rounds of the probe are timed. lighter: changes of settings,
+    of which one after the other is made while encoding and the probe would take more than half of
+    the time. Raises UsageError if they leave no time for training.
     """
     machine = Machine.of(hp)
+    changed = {}
     with distributed.process_group(machine.device):
         images = Images(hp)
-        encoder = new_encoder(hp).to(machine.device, memory_format=torch.channels_last)
-        costs = measure_costs(hp, machine, encoder, images)
+        for change in ({}, *lighter):
+            changed |= change
+            hp = replace(hp, **change)
+            encoder = new_encoder(hp).to(machine.device, memory_format=torch.channels_last)
+            costs = measure_costs(hp, machine, encoder, images)
+            share = costs.of(0) / (60 * minutes)
+            (is_over,) = distributed.all_reduce_max(share > 0.5)  # all processes must agree
+            if not is_over:
+                break
         seconds = 60 * minutes - costs.of(0)
-        (n_steps,) = distributed.all_reduce_max(int(seconds / costs.step))  # all must agree on it
+        (n_steps,) = distributed.all_reduce_max(int(seconds / costs.step))
     per_epoch = len(images["train"].images) // hp.bs
+    times = f"encoding takes about {costs.encoding:.0f} s, the probe {costs.probe:.0f} s"
     if n_steps < 1 or per_epoch < 1:
         raise UsageError(
-            f"a budget of {minutes:g} minutes is too short: encoding takes about "
-            f"{costs.encoding:.0f} s and the probe {costs.probe:.0f} s; lower --n_images, or "
+            f"a budget of {minutes:g} minutes is too short: {times}; lower --n_images, or "
             f"--n_eval_epochs"
         )
-    n_epochs = round(n_steps / per_epoch, 4)
-    log.info(
-        f"* --budget {minutes:g}: n_epochs {n_epochs:g}, {n_steps} steps of {costs.step:.3g} s; "
-        f"encoding takes about {costs.encoding:.0f} s, the probe {costs.probe:.0f} s"
-    )
-    return n_epochs
+    changed["n_epochs"] = round(n_steps / per_epoch, 4)
+    settings = ", ".join(f"{name} {yaml_value(value)}" for name, value in changed.items())
+    log.info(f"* --budget {minutes:g}: {settings}; {n_steps} steps of {costs.step:.3g} s, {times}")
+    return replace(hp, **changed)
 
 
 def measure_costs(hp, machine, encoder, images):
@@ -215,7 +223,7 @@ def measure_costs(hp, machine, encoder, images):
     encoding, dim = seconds_per_image(hp, machine, encoder, pixels)
     probe = 0.0
     if images["train"].labels is not None and images["test"]:
-        probe = seconds_of_probe(hp, machine, len(pixels), dim, len(images["train"].class_names))
+        probe = seconds_of_probe(hp, machine, images, dim)
     return Costs(step, n_images * encoding, probe)
 
 
@@ -246,21 +254,25 @@ def seconds_per_image(hp, machine, encoder, pixels):
     return (time.monotonic() - start) / len(images), embeddings.shape[1]
 
 
-def seconds_of_probe(hp, machine, n_images, dim, n_classes, n=1000):
-    """Return the seconds of the probe, by two epochs on n random representations.
+def seconds_of_probe(hp, machine, images, dim, n=1000):
+    """Return the seconds of stage 3, by two epochs of the probe on n random representations, and by
+    their nearest neighbours.
 
-    It tries its rates on nine tenths of the images, unless eval_lr is set, and then takes one.
+    The probe tries its rates, unless eval_lr is set, and then takes one.
     """
+    n_classes = len(images["train"].class_names)
     x = torch.randn(n, dim, device=machine.device)
     y = torch.arange(n, device=machine.device) % n_classes
     fit = Fit(n_epochs=2, bf16=machine.bf16)
-    seconds = 0.0
+    start = time.monotonic()
     for lrs in ([PROBE_LR], *([] if hp.eval_lr else [LRS])):
-        start = time.monotonic()
         for _ in softmax_regressions(x, y, lrs, n_classes, fit, range(fit.n_epochs)):
             x.sum().item()  # waits for a GPU
-        seconds += time.monotonic() - start
-    return seconds * n_images / n * hp.n_eval_epochs / fit.n_epochs
+    probe = (time.monotonic() - start) * hp.n_eval_epochs / fit.n_epochs
+    start = time.monotonic()
+    knn(x, y, x, y, n_classes, bf16=machine.bf16)
+    neighbours = (time.monotonic() - start) * len(images["test"].images) / n
+    return (probe + neighbours) * len(images["train"].images) / n
 
 
 def flops_per_patch(encoder, size, device):

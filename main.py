@@ -20,7 +20,7 @@ from data import Images, why_no_probe
 from encode import check_views, encode_split
 from evaluate import METRICS, collapse_text, collapse_warning, fit_probe, measure_collapse
 from experiment import Machine, Run, labels_checksum
-from forecast import automatic_max_patches, check_memory, dry_run, epochs_in
+from forecast import automatic_max_patches, check_memory, dry_run, within_budget
 from hparams import from_dict
 from infra import distributed
 from infra.console import EVERY_PROCESS, PLAIN, log, log_stage, quiet_libraries
@@ -70,9 +70,12 @@ def train_command(args):
     if hp.max_patches is None and "max_patches" not in cli.given_settings(args):
         most = run.read_hparams().max_patches if exists else automatic_max_patches(hp)
         hp = replace(hp, max_patches=most)
-    if args.budget:
-        n_epochs = run.read_hparams().n_epochs if exists else epochs_in(hp, args.budget)
-        hp = replace(hp, n_epochs=n_epochs)
+    if args.budget and exists:
+        there = run.read_hparams()
+        names = {"n_epochs"}.union(*cli.lighter_settings(args))
+        hp = replace(hp, **{name: getattr(there, name) for name in names})
+    elif args.budget:
+        hp = within_budget(hp, args.budget, cli.lighter_settings(args))
     if args.dry_run:
         dry_run(hp)
         return
@@ -133,14 +136,14 @@ def run_experiment(hp, exp_dir, argv, start_over=False, rewrite=True):
 
 
 def check_before_writing(run, encoder, images):
-    """Read the images and check the memory, where training needs them.
+    """Check the views; where training needs them, read the images and check the memory.
 
     An error here changes nothing in the run folder.
     """
+    check_views(run.hp, encoder)
     if run.is_trained() and not run.images_moved():
         return
     pixels = images["train"].images
-    check_views(run.hp, encoder)
     if not run.is_trained() and run.hp.n_epochs > 0:
         check_memory(run.hp, run.machine, encoder, pixels)
 

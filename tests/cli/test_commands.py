@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ from helpers import (
     trained_with,
 )
 
+import cli
 import forecast
 from experiment import Run
-from hparams import PRESETS, SETTINGS
+from hparams import PRESETS, SETTINGS, yaml_value
 from infra import device
 from model import Encoder
 
@@ -48,7 +50,7 @@ def test_a_budget_sets_the_epochs_of_a_new_run(tiny, tmp_path, monkeypatch):
     argv += ["--log_folder", tmp_path, "--budget", "0.2"]
     result = run(*argv)
     assert result.code == 0, result.err
-    assert "--budget 0.2: n_epochs 5, 30 steps of 0.2 s" in result.out
+    assert "--budget 0.2: n_epochs 5.0; 30 steps of 0.2 s" in result.out
     exp_dir = tmp_path / RUN
     assert Run(exp_dir).read_hparams().n_epochs == 5
     before = fingerprints(exp_dir)
@@ -57,6 +59,34 @@ def test_a_budget_sets_the_epochs_of_a_new_run(tiny, tmp_path, monkeypatch):
     assert not changed_files(exp_dir, before)
     assert refused(run(*argv, "--n_epochs", "3"), 2, "--budget sets n_epochs")
     assert refused(run(*argv, "--budget", "nan"), 2, "minutes above 0")
+
+
+def test_a_short_budget_takes_a_smaller_network_of_the_preset(monkeypatch, caplog):
+    """Encoding takes 50 s with the preset's network, 40 with the smaller one, half without mirror
+    images; 80 steps are an epoch.
+    """
+
+    def costs_of(hp, *_):
+        encoding = {"resnet10-mini": 50.0, "resnet10-tiny": 40.0}[hp.arch] / (1 + (not hp.mirror))
+        return forecast.Costs(step=1.0, encoding=encoding, probe=0.0)
+
+    monkeypatch.setattr(forecast, "measure_costs", costs_of)
+    options = "--dataset textures --preset laptop --dry_run --device cpu".split()
+    for minutes, given, expected in (
+        (2, [], ": n_epochs 0.875; 70 steps"),
+        (1.4, [], ": arch resnet10-tiny, n_epochs 0.55; 44 steps"),
+        (1, [], ": arch resnet10-tiny, mirror false, n_epochs 0.5; 40 steps"),
+        (1, ["--arch", "resnet10-mini"], ": mirror false, n_epochs 0.4375; 35 steps"),
+    ):
+        caplog.clear()
+        args = cli.parse(["train", *options, *given])
+        hp = cli.hparams_of(args)
+        changed = forecast.within_budget(hp, minutes, cli.lighter_settings(args))
+        assert f"--budget {minutes}{expected}" in caplog.text
+        names = ("n_epochs", "arch", "mirror")
+        assert changed == replace(hp, **{name: getattr(changed, name) for name in names})
+        for name in set(names) & set(expected.replace(",", "").split()):
+            assert f"{name} {yaml_value(getattr(changed, name))}" in expected
 
 
 def test_a_budget_that_leaves_no_time_for_training(tiny, tmp_path):
