@@ -196,7 +196,8 @@ def knn(x, y, x_test, y_test, n_classes, k=20, temperature=0.07, bf16=False):
     Source: the weighted kNN of arXiv 1805.01978, section 3.4.
     """
     x = F.normalize(x, dim=1)
-    rounded = x.bfloat16() if bf16 else None
+    # Without the mean, which changes no order, they are near 0, where bfloat16 is finest.
+    rounded = (x - x.mean(0)).bfloat16() if bf16 else None
     votes = F.one_hot(y, n_classes).to(x.dtype)  # (N, C)
     chunk = 100 if bf16 else 1000
     queries = F.normalize(x_test, dim=1).split(chunk)
@@ -211,8 +212,9 @@ def knn(x, y, x_test, y_test, n_classes, k=20, temperature=0.07, bf16=False):
 def nearest(x, query, k, rounded=None):
     """Return (cosines, indices) of the k rows of x (N, d) that are nearest to each query (n, d).
 
-    All are unit vectors. rounded: x in bfloat16. The cosines with it only choose the candidates,
-    three times as many as k: with 8,192 dimensions, two cores take two thirds of the time.
+    All are unit vectors. rounded: x in bfloat16, less a vector that is the same for all rows. The
+    products with it only choose the candidates, three times as many as k: with 8,192 dimensions,
+    two cores take two thirds of the time.
     """
     k = min(k, len(x))
     if rounded is None:

@@ -1,6 +1,7 @@
 """What the benchmarks share: the folder of results, and the version and machine of a figure."""
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def commit_of(version):
     return f"{commit[:7]}-dirty" if dirty else commit[:7]
 
 
+@functools.cache  # a commit may be made while a program runs
 def this_commit():
     """Return the commit of the program, as the results keep it."""
     return commit_of(git_commit())

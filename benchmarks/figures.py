@@ -7,7 +7,7 @@ import argparse
 import statistics
 
 from benchmarks.common import ROOT
-from benchmarks.peers_methods import METHODS
+from benchmarks.peers_methods import ARCH, METHODS
 from benchmarks.tables import kmeans_runs, peers_by_budget, results_of, seconds_of_runs
 
 STYLES = {
@@ -74,7 +74,7 @@ def laptop_figure():
 def peers_figure():
     results = results_of("peers")
     made, axes = empty_figure(
-        4.2, results["machine"], "CIFAR-10, resnet18-tiny", xlabel="minutes of training"
+        4.2, results["machine"], f"CIFAR-10, {ARCH}", xlabel="minutes of training"
     )
     for (name, by_budget), marker in zip(peers_by_budget(results).items(), "osD^vP*", strict=True):
         points = sorted(
