@@ -221,7 +221,7 @@ def hparams_of(args):
 
 
 def lighter_settings(args):
-    """Return what --budget may change of the preset of a train command, but for given settings."""
+    """Return the entries of LIGHTER for the preset that change no given setting."""
     given = given_settings(args)
     return [change for change in LIGHTER.get(args.preset, ()) if not change.keys() & given.keys()]
 

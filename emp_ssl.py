@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from data import read_images
-from encode import encode_images
+from encode import check_views, encode_images
 from experiment import Run
 from infra.errors import RunError, UsageError
 from model import Encoder
@@ -54,5 +54,7 @@ def load(exp_dir, device="auto"):
     the encoder is not there.
     """
     run = Run(exp_dir).load(device)
-    encoder = build_encoder(run).to(run.device, memory_format=torch.channels_last)
+    encoder = build_encoder(run)
+    check_views(run.hp, encoder)
+    encoder = encoder.to(run.device, memory_format=torch.channels_last)
     return Embedder(run, encoder)

@@ -140,22 +140,31 @@ def batch_size(hp):
     return max(1, most // (views.count * patches_per_view))
 
 
+@torch.no_grad()
 def check_views(hp, encoder):
-    """Raise UsageError if a model of timm does not take whole images, which are wider than patches.
-
-    Convolutional ones do, transformers do not.
+    """Raise UsageError if the network does not take whole images, which are wider than patches, or
+    pool_grid does not divide its outputs for them.
     """
     views = hp.test_views
-    if views.kind != "whole" or not hp.arch.startswith(TIMM):
+    if views.kind != "whole":
         return
+    backbone = copy.deepcopy(encoder.backbone).float().cpu().eval()
     x = torch.zeros(1, 3, views.side, views.side)
-    try:
-        copy.deepcopy(encoder.backbone).cpu().eval()(x)
-    except Exception as error:  # each of timm's models fails in its own way
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"eval_views whole needs a network for images of any size, not {hp.arch} ({reason})"
-        ) from None
+    if hp.arch.startswith(TIMM):
+        try:
+            backbone(x)  # transformers refuse it
+        except Exception as error:  # each of timm's models fails in its own way
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"eval_views whole needs a network for images of any size, not {hp.arch} ({reason})"
+            ) from None
+    elif hp.emb_pool in STAGE_POOLS:
+        side = min(x.shape[2] for x in stage_maps(backbone, x, hp.emb_pool))
+        if side % hp.pool_grid:
+            raise UsageError(
+                f"pool_grid must divide the smallest output of {hp.arch} for an image, {side} "
+                f"pixels wide, not {hp.pool_grid}"
+            )
 
 
 def encode_images(run, encoder, images, purpose, save_proj=False):

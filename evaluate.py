@@ -345,9 +345,12 @@ def measure_collapse(run, encoder, image_set):
 
 
 def encode_few(run, encoder, images, n_views, purpose, output):
-    """Encode images by n_views views each, without a bar. Return what encode does."""
+    """Encode images by n_views views each, without a bar. Return what encode does.
+
+    In place of a whole image, which is one view, and of mirror images it takes a grid of views.
+    """
     views = run.hp.test_views._replace(n=n_views, mirror=False)
-    if views.kind == "whole":  # which is one view
+    if views.kind == "whole":
         views = views._replace(kind="grid")
     rng = functools.partial(generator, run.hp.seed, f"encode-{purpose}")
     return encode(encoder, on_device(images, run.device), views, rng, run.hp.bs, output)

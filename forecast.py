@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Images
-from encode import Output, batch_size, encode
+from encode import Output, batch_size, check_views, encode
 from evaluate import LRS, PROBE_LR, Fit, knn, softmax_regressions
 from experiment import Machine, n_steps_in
 from hparams import to_yaml, yaml_value
@@ -33,6 +33,7 @@ FILL = 0.7
 BACKWARD = {"cpu": 1.6, "mps": 1.6, "cuda": 1.05}
 # The CUDA context, and the workspaces of cuDNN and cuBLAS: an estimate; not measured on a GPU yet.
 KERNELS = {"cuda": 1e9}
+PAIR_BYTES = 5 * 4  # five float32 matrices are alive at once in contrastive_loss
 SAMPLING = 3.2  # times its result are alive at once in patches.render
 
 
@@ -42,15 +43,16 @@ class StepMemory(NamedTuple):
     per_patch: float
     weights: int
     kernels: float
+    pairs: int  # of patches of the whole batch, in the contrastive loss
 
     def of(self, n_patches):
         """Return the bytes of a step with so many patches in the network at once."""
-        return n_patches * self.per_patch + self.weights + self.kernels
+        return n_patches * self.per_patch + self.weights + self.kernels + self.pairs
 
 
-def step_memory(encoder, size, machine):
-    """Return the StepMemory of patches (3, size, size)."""
-    bf16 = machine.bf16
+def step_memory(encoder, hp, machine):
+    """Return the StepMemory of a run."""
+    size, bf16 = hp.patch_size, machine.bf16
     saved = saved_bytes(encoder, 3, size, bf16) - saved_bytes(encoder, 2, size, bf16)
     sampling = SAMPLING * 4 * 3 * size**2  # float32
     n_weights = sum(p.numel() for p in encoder.parameters())
@@ -59,6 +61,7 @@ def step_memory(encoder, size, machine):
         per_patch=max(BACKWARD[device] * saved, sampling),
         weights=4 * 4 * n_weights,  # float32: weights, gradients, momenta; copies in bf16
         kernels=KERNELS.get(device, 0),
+        pairs=PAIR_BYTES * (hp.n_patches * hp.bs) ** 2 * (hp.uniformity_loss == "contrastive"),
     )
 
 
@@ -87,7 +90,7 @@ def check_memory(hp, machine, encoder, pixels):
     """
     n = hp.n_patches * distributed.shard_size(hp.bs)
     n = min(n, hp.max_patches or n)
-    memory = step_memory(encoder, hp.patch_size, machine)
+    memory = step_memory(encoder, hp, machine)
     need = memory.of(n) + getattr(pixels, "nbytes", 0)
     there = total_memory(machine.device)
     kernels = f", of which {memory.kernels / 1e9:.1f} GB are for kernels" if memory.kernels else ""
@@ -113,7 +116,7 @@ def automatic_max_patches(hp):
     None if a step of all patches fits into memory, else what fits.
     """
     machine = Machine.of(hp)
-    memory = step_memory(random_encoder(hp), hp.patch_size, machine)
+    memory = step_memory(random_encoder(hp), hp, machine)
     most = most_patches(hp, memory, machine.device)
     n = hp.n_patches * distributed.shard_size(hp.bs)
     if most in (0, n):  # 0: the check before training says so
@@ -143,9 +146,9 @@ class Costs(NamedTuple):
     encoding: float
     probe: float
 
-    def of(self, n_steps):
-        """Return the seconds of a run with so many steps."""
-        return n_steps * self.step + self.encoding + self.probe
+    @property
+    def after_training(self):
+        return self.encoding + self.probe
 
 
 def dry_run(hp):
@@ -156,10 +159,10 @@ def dry_run(hp):
     device = machine.device
     with distributed.process_group(device):
         images = Images(hp)
-        pixels = images["train"].images
+        n_images = len(images["train"].images)
         encoder = new_encoder(hp).to(device, memory_format=torch.channels_last)
         n_patches = hp.n_patches * hp.bs
-        n_steps = n_steps_in(hp.n_epochs, len(pixels) // hp.bs)
+        n_steps = n_steps_in(hp.n_epochs, n_images // hp.bs)
         n_weights = sum(p.numel() for p in encoder.parameters())
         operations = flops_per_patch(encoder, hp.patch_size, device) * n_patches
         n_processes = distributed.WORLD_SIZE
@@ -169,7 +172,6 @@ def dry_run(hp):
             f"* Operations: {operations / 1e12:.3g} TFLOP a step in the network, {n_steps} steps "
             f"of {n_patches} patches"
         )
-        check_memory(hp, machine, encoder, pixels)
         costs = measure_costs(hp, machine, encoder, images)
     log.info(
         f"* Time: {costs.step:.3g} s a step, about {costs.step * n_steps / 60:.3g} minutes of "
@@ -180,33 +182,35 @@ def dry_run(hp):
 def within_budget(hp, minutes, lighter=()):
     """Return hp with the n_epochs with which a run takes so many minutes in all, and print them.
 
-    A few steps, batches to encode and rounds of the probe are timed. lighter: changes of settings,
-    of which one after the other is made while encoding and the probe would take more than half of
-    the time. Raises UsageError if they leave no time for training.
+    A few steps, batches to encode and epochs of the probe are timed. lighter: changes of settings
+    that are made in turn, until encoding and the probe take at most half of the time. Raises
+    UsageError if they leave no time for training, or with several processes.
     """
+    if distributed.WORLD_SIZE > 1:
+        raise UsageError("--budget measures one process: with torchrun, give --n_epochs")
+    start = time.monotonic()
     machine = Machine.of(hp)
-    changed = {}
-    with distributed.process_group(machine.device):
-        images = Images(hp)
-        for change in ({}, *lighter):
-            changed |= change
-            hp = replace(hp, **change)
-            encoder = new_encoder(hp).to(machine.device, memory_format=torch.channels_last)
-            costs = measure_costs(hp, machine, encoder, images)
-            share = costs.of(0) / (60 * minutes)
-            (is_over,) = distributed.all_reduce_max(share > 0.5)  # all processes must agree
-            if not is_over:
-                break
-        seconds = 60 * minutes - costs.of(0)
-        (n_steps,) = distributed.all_reduce_max(int(seconds / costs.step))
+    images = Images(hp)
     per_epoch = len(images["train"].images) // hp.bs
+    if per_epoch < 1:
+        raise UsageError(f"bs {hp.bs} is more than the training images: lower it")
+    changed = {}
+    for change in ({}, *lighter):
+        changed |= change
+        hp = replace(hp, **change)
+        encoder = new_encoder(hp).to(machine.device, memory_format=torch.channels_last)
+        costs = measure_costs(hp, machine, encoder, images)
+        if costs.after_training <= 30 * minutes:
+            break
+    seconds = 60 * minutes - costs.after_training - (time.monotonic() - start)
+    n_steps = int(seconds / costs.step)
     times = f"encoding takes about {costs.encoding:.0f} s, the probe {costs.probe:.0f} s"
-    if n_steps < 1 or per_epoch < 1:
+    if n_steps < 1:
         raise UsageError(
-            f"a budget of {minutes:g} minutes is too short: {times}; lower --n_images, or "
+            f"a budget of {minutes:g} minutes is too short: {times}; set a lower --n_images or "
             f"--n_eval_epochs"
         )
-    changed["n_epochs"] = round(n_steps / per_epoch, 4)
+    changed["n_epochs"] = round(n_steps / per_epoch, 6)
     settings = ", ".join(f"{name} {yaml_value(value)}" for name, value in changed.items())
     log.info(f"* --budget {minutes:g}: {settings}; {n_steps} steps of {costs.step:.3g} s, {times}")
     return replace(hp, **changed)
@@ -215,10 +219,14 @@ def within_budget(hp, minutes, lighter=()):
 def measure_costs(hp, machine, encoder, images):
     """Return the Costs of a run on this machine. The encoder is trained for some steps.
 
-    images: a data.Images.
+    images: a data.Images. Raises UsageError if the views do not fit the network, or a step does not
+    fit into memory.
     """
-    pixels = images["train"].images
+    # Before CUDA is used: processes that decode are forked without a context.
     n_images = sum(len(split.images) for split in (images["train"], images["test"]) if split)
+    pixels = images["train"].images
+    check_views(hp, encoder)
+    check_memory(hp, machine, encoder, pixels)
     step = seconds_per_step(hp, machine, encoder, pixels)
     encoding, dim = seconds_per_image(hp, machine, encoder, pixels)
     probe = 0.0
@@ -245,34 +253,51 @@ def seconds_per_step(hp, machine, encoder, pixels, n_timed=4):
 def seconds_per_image(hp, machine, encoder, pixels):
     """Return (seconds to encode an image, dimensions of its representation)."""
     output = Output(hp.emb_pool, hp.pool_grid, bf16=machine.bf16)
-    bs = batch_size(hp)
-    for n_batches in (1, 3):  # the first batch takes longer
-        images = on_device(pixels[: n_batches * bs], machine.device)
+    n = batch_size(hp) * distributed.WORLD_SIZE
+    rng = partial(generator, 0, "dry")
+
+    def seconds(n_batches):
+        images = on_device(pixels[: n_batches * n], machine.device)
         start = time.monotonic()
-        rng = partial(generator, 0, "dry")
-        embeddings = encode(encoder, images, hp.test_views, rng, bs, output)["embeddings"]
-    return (time.monotonic() - start) / len(images), embeddings.shape[1]
+        encoded = encode(encoder, images, hp.test_views, rng, batch_size(hp), output)
+        return len(images), time.monotonic() - start, encoded["embeddings"].shape[1]
+
+    seconds(1)  # the first batch takes longer
+    few, short, dim = seconds(2)
+    many, long, _ = seconds(6)
+    if many == few:  # there are no more images
+        return short / few, dim
+    return max(0.0, long - short) / (many - few), dim
 
 
-def seconds_of_probe(hp, machine, images, dim, n=1000):
-    """Return the seconds of stage 3, by two epochs of the probe on n random representations, and by
-    their nearest neighbours.
+def seconds_of_probe(hp, machine, images, dim):
+    """Return the seconds of stage 3, from epochs of the probe and neighbours of random vectors.
 
-    The probe tries its rates, unless eval_lr is set, and then takes one.
+    Two numbers of them are timed: what both take does not grow with the number of images.
     """
     n_classes = len(images["train"].class_names)
-    x = torch.randn(n, dim, device=machine.device)
-    y = torch.arange(n, device=machine.device) % n_classes
-    fit = Fit(n_epochs=2, bf16=machine.bf16)
-    start = time.monotonic()
-    for lrs in ([PROBE_LR], *([] if hp.eval_lr else [LRS])):
-        for _ in softmax_regressions(x, y, lrs, n_classes, fit, range(fit.n_epochs)):
-            x.sum().item()  # waits for a GPU
-    probe = (time.monotonic() - start) * hp.n_eval_epochs / fit.n_epochs
-    start = time.monotonic()
-    knn(x, y, x, y, n_classes, bf16=machine.bf16)
-    neighbours = (time.monotonic() - start) * len(images["test"].images) / n
-    return (probe + neighbours) * len(images["train"].images) / n
+    n_test = len(images["test"].images)
+    n_epochs, n_queries = 2, 200
+    fit = Fit(n_epochs=n_epochs, bf16=machine.bf16)
+    # The rates are tried, unless one is given, and then one is taken.
+    tries = [[PROBE_LR], *([] if hp.eval_lr else [LRS])]
+
+    def seconds(n):
+        x = torch.randn(n, dim, device=machine.device)
+        y = torch.arange(n, device=machine.device) % n_classes
+        start = time.monotonic()
+        for lrs in tries:
+            for _ in softmax_regressions(x, y, lrs, n_classes, fit, range(n_epochs)):
+                x.sum().item()  # waits for a GPU
+        probe = (time.monotonic() - start) * hp.n_eval_epochs / n_epochs
+        start = time.monotonic()
+        knn(x, y, x[:n_queries], y[:n_queries], n_classes, bf16=machine.bf16)
+        return probe + (time.monotonic() - start) * n_test / n_queries
+
+    seconds(1000)  # the first one takes longer
+    short, long = seconds(1000), seconds(5000)
+    per_image = max(0.0, long - short) / 4000
+    return short + per_image * (len(images["train"].images) - 1000)
 
 
 def flops_per_patch(encoder, size, device):

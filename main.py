@@ -70,12 +70,8 @@ def train_command(args):
     if hp.max_patches is None and "max_patches" not in cli.given_settings(args):
         most = run.read_hparams().max_patches if exists else automatic_max_patches(hp)
         hp = replace(hp, max_patches=most)
-    if args.budget and exists:
-        there = run.read_hparams()
-        names = {"n_epochs"}.union(*cli.lighter_settings(args))
-        hp = replace(hp, **{name: getattr(there, name) for name in names})
-    elif args.budget:
-        hp = within_budget(hp, args.budget, cli.lighter_settings(args))
+    if args.budget:
+        hp = budgeted(hp, run, args, exists)
     if args.dry_run:
         dry_run(hp)
         return
@@ -86,6 +82,20 @@ def train_command(args):
                 f"decides"
             )
     run_experiment(hp, run.dir, args.argv, start_over=not args.resume)
+
+
+def budgeted(hp, run, args, exists):
+    """Return hp with what --budget sets: measured for a new run, else as hparams.yaml has it."""
+    lighter = cli.lighter_settings(args)
+    if not exists:
+        return within_budget(hp, args.budget, lighter)
+    there = run.read_hparams()
+    log.info(
+        f"* --budget has no effect on a run that exists: n_epochs is {there.n_epochs:g} in "
+        f"{run.hparams_yaml}; to train on, resume it with more --n_epochs"
+    )
+    names = ["n_epochs", *(name for change in lighter for name in change)]
+    return replace(hp, **{name: getattr(there, name) for name in names})
 
 
 def resume_command(args):
@@ -177,7 +187,8 @@ def probe_and_report(run, encoded):
 
     log_stage("Report")
     n_views = encoded["train"]["n_views"]
-    log.info(f"images           by {n_views} views each: {run.hp.eval_views}")
+    mirrored = ", with mirror images" if run.hp.mirror else ""
+    log.info(f"images           views of each: {n_views}, {run.hp.eval_views}{mirrored}")
     if missing:
         log.info(f"linear probe     skipped: {missing}")
     else:

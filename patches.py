@@ -56,7 +56,7 @@ class Views(NamedTuple):
     kind: str = "augmented"
     size: int = 32
     augment: Augment = AUTHORS  # of augmented views
-    mirror: bool = False  # the same views of the mirror image too, after those of the image
+    mirror: bool = False  # as many views of the mirror image, after those of the image
 
     @property
     def count(self):

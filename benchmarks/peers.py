@@ -35,7 +35,7 @@ from benchmarks.peers_methods import (
     PRESET_TRY,
     Try,
     arch_of,
-    batch_size,
+    bs_of,
     label,
     settings_of,
 )
@@ -48,7 +48,7 @@ from infra.device import configure, generator
 from model import Encoder, build_backbone
 from optimizers import learning_rate, set_learning_rate
 
-COMPARED = tuple(name for name in METHODS if name != "search")
+COMPARED_METHODS = tuple(name for name in METHODS if name != "search")
 BUDGETS = (60, 180, 600, 1800)  # seconds
 TRIED = 60  # seconds; up to this budget a method tries everything
 N_CENTROIDS = 400  # of k-means
@@ -61,7 +61,7 @@ def train_method(method, how, seed, images, n_steps, bf16):
     torch.manual_seed(seed)
     backbone, optimizer, step = method.build(how, bf16)
     hp = Namespace(lr=how.rate, schedule="cosine")
-    bs = batch_size(method, how)
+    bs = bs_of(method, how)
     per_epoch = len(images.images) // bs
     title = f"{method.title}, {label(how)}"
     for i in progress_bar(range(n_steps), title):
@@ -166,7 +166,7 @@ def kmeans_features(options, images, results):
 
     They are kept in the log folder.
     """
-    path = options.log_folder / "kmeans.pt"
+    path = options.log_folder / f"kmeans, {len(images[0].images)} images, seed {options.seed}.pt"
     if "kmeans" not in results or not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         row, features = kmeans_row(*images, N_CENTROIDS, FIT.n_epochs, options.seed)
@@ -192,7 +192,7 @@ def budget_row(options, name, budget, results, images, kmeans, bf16):
         "seed": options.seed,
         "n_probe": len(images[0].images),
         "n_steps": run["n_steps"],
-        "bs": batch_size(METHODS[name], how),
+        "bs": bs_of(METHODS[name], how),
         "optimizer": how.optimizer,
         "lr": how.rate,
         "settings": how.settings,
@@ -212,7 +212,7 @@ def time_steps(tries, images, bf16, n_rounds=9):
     seconds = {pair: [] for pair in steps}
     for i in range(n_rounds):
         for (name, how), step in steps.items():
-            bs = batch_size(METHODS[name], how)
+            bs = bs_of(METHODS[name], how)
             start = time.monotonic()
             step(images.images[:bs], images.labels[:bs], generator(0, "patches", i))
             seconds[name, how].append(time.monotonic() - start)
@@ -261,7 +261,7 @@ def main(argv=None):
     made.add_argument("--dataset", default="folder")
     made.add_argument("--data_dir", required=True)
     made.add_argument("--budgets", nargs="+", type=int, default=BUDGETS, help="seconds of training")
-    made.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=COMPARED)
+    made.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=COMPARED_METHODS)
     made.add_argument("--seed", type=int, default=42)
     made.add_argument("--log_folder", type=Path, default=Path("logs/peers"))
     options = made.parse_args(argv)

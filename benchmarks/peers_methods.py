@@ -43,8 +43,8 @@ class Method(NamedTuple):
     build: object
     tries: tuple
     bs: int = 128
-    # Half of the pixels of the whole image in the evaluation. A view is a crop of 23 pixels on
-    # average, in 16.
+    # Pixels of a patch that are tried in the evaluation; the image is twice as wide. A random view
+    # shows 23 pixels on average in 16, a patch 16 in 16.
     sizes: tuple = (3 * PIXELS // 4, PIXELS)
 
 
@@ -85,7 +85,7 @@ def simclr(backbone, temperature=0.5, area=0.08):
     return two_views(backbone, head, NTXentLoss(temperature), area)
 
 
-def vicreg(backbone, width=2048, area=0.08):
+def vicreg(backbone, width, area=0.08):
     from lightly.loss import vicreg_loss
     from lightly.models.modules.heads import VICRegProjectionHead
 
@@ -106,7 +106,7 @@ def covariance_loss(x):
     return squares / ((B - 1) ** 2 * d)
 
 
-def barlow(backbone, width=2048, area=0.08):
+def barlow(backbone, width, area=0.08):
     """Barlow Twins. With Muon the scale of its large loss matters to 1-D weights alone."""
     from lightly.loss import BarlowTwinsLoss
     from lightly.models.modules.heads import ProjectionHead
@@ -129,7 +129,7 @@ def two_views(backbone, head, criterion, area):
     return head, forward, criterion
 
 
-def byol(backbone, momentum=0.99, area=0.08):
+def byol(backbone, momentum, area=0.08):
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
     from lightly.models.utils import update_momentum
@@ -243,7 +243,7 @@ METHODS = {
 }
 
 
-def batch_size(method, how):
+def bs_of(method, how):
     """Return the images in a batch of a Try of a Method."""
     return settings_of(how).bs if method.build is build_emp_ssl else method.bs
 

@@ -11,7 +11,7 @@ import statistics
 from functools import partial
 
 from benchmarks.common import RESULTS_FOLDER, ROOT, version_text
-from benchmarks.peers import COMPARED, N_FIT, N_SCORED
+from benchmarks.peers import COMPARED_METHODS, N_FIT, N_SCORED
 from benchmarks.peers_methods import METHODS, PRESET_TRY, label
 from benchmarks.rows import GROUPS, all_options, rows_of
 from benchmarks.speed import CHOICES
@@ -196,7 +196,7 @@ def peers_by_budget(results):
     """Return {method: {budget in seconds: its rows, one for each seed}} of a file of peers.py."""
     methods = {}
     for row in results["rows"]:
-        if row["method"] in COMPARED:
+        if row["method"] in COMPARED_METHODS:
             methods.setdefault(row["method"], {}).setdefault(row["budget"], []).append(row)
     return methods
 
@@ -231,7 +231,10 @@ def peers_table():
 def search_table():
     """Return the table of the search behind the preset: what each row changes, and its score."""
     results = results_of("peers")
-    (row,) = [row for row in results["rows"] if row["method"] == "search"]
+    rows = [row for row in results["rows"] if row["method"] == "search"]
+    if not rows:
+        return "Not measured yet: `python -m benchmarks.peers --methods search --budgets 60`."
+    row = rows[0]
     base = row["scores"][label(PRESET_TRY)]
     lines = [
         [

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import emp_ssl
+from data import why_no_probe
 from encode import dims_of
 from experiment import Run, load_if_key, position
 from hparams import SETTINGS
@@ -23,14 +24,16 @@ from patches import resize_matrix
 from tools import load
 from weights import build_encoder
 
-# Of each format: the packages that writing needs beside torch, and the suffix of the file.
+# Of each format: the packages that writing needs beside torch.
 PACKAGES = {"torchvision": (), "safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript")}
+# What each network that can be exported returns.
 OUTPUTS = {
     "backbone": "features",
     "encoder": "features",
     "representation": "representation",
     "classifier": "logits",
 }
+# The suffix of the file of each format.
 EXTENSIONS = {"torchvision": ".pt", "safetensors": ".safetensors", "onnx": ".onnx"}
 
 
@@ -90,7 +93,7 @@ def export_command(args):
         raise UsageError(f"--format {args.format} needs {names}: pip install {names}")
     run = Run(args.exp_dir).load("cpu")
     encoder = build_encoder(run)
-    part = part_of(args)
+    part = exported_part(args)
     description = describe(run, encoder, args.format, part)
     if part in ("representation", "classifier"):
         network = representation_network(run, encoder, description)
@@ -101,7 +104,7 @@ def export_command(args):
         log.info(f"* Wrote {path}")
 
 
-def part_of(args):
+def exported_part(args):
     """Return what is exported, a key of OUTPUTS."""
     if args.head:
         return "encoder"
@@ -172,7 +175,7 @@ def describe(run, encoder, format, part):
         "image_size": hp.image_size,
         # Of pixels in [0, 1]: the network sees [-1, 1].
         "normalisation": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
-        "patches": "half as wide as the image, resized to input_size",
+        "patches": None if representation else "half as wide as the image, resized to input_size",
         "views": {"kind": hp.eval_views, "n": hp.test_views.count},
         "class_names": run.fingerprints["class_names"],
         "epoch": epoch,
@@ -194,8 +197,9 @@ def describe_representation(run, encoder, part):
     if hp.emb_pool == "proj":
         raise UsageError(f"--{part} can't be the projection: resume with another --emb_pool")
     class_names = run.fingerprints["class_names"]
-    if part == "classifier" and not class_names:
-        raise UsageError(f"--classifier needs a run with labels, and {run.dir} has none")
+    missing = why_no_probe(class_names, "test" in run.splits)
+    if part == "classifier" and missing:
+        raise UsageError(f"--classifier needs the linear probe, which {run.dir} has not: {missing}")
     return {
         "emb_pool": hp.emb_pool,
         "pool_grid": hp.pool_grid,

@@ -251,8 +251,7 @@ def labelled_patches(hp, images, labels, bs):
 def predict(hp, machine, network, images):
     """Return the mean over the views of each image of the softmax of the logits, float32 (N, C).
 
-    The views are those that encode an image: a patch in training is cut as they are, a quarter of
-    the area.
+    The views are those that encode an image, at the scale of the patches that train the network.
     """
     dtype = torch.bfloat16 if machine.bf16 else torch.float32
     network = fold_batch_norm(network).to(dtype, memory_format=torch.channels_last)

@@ -176,7 +176,7 @@ def test_a_step_that_does_not_fit_into_memory_is_refused_and_a_new_run_takes_chu
     tiny, tmp_path, monkeypatch
 ):
     """With 4 GB for each patch, and 28 GB for all: 0.7 of that are 4 patches and the weights."""
-    monkeypatch.setattr(forecast, "step_memory", lambda *args: forecast.StepMemory(4e9, 1e9, 0))
+    monkeypatch.setattr(forecast, "step_memory", lambda *args: forecast.StepMemory(4e9, 1e9, 0, 0))
     monkeypatch.setattr(forecast, "total_memory", lambda device: 28e9)
     options = [*tiny, "--n_epochs", "1", "--log_folder", tmp_path]
     dry = run(*options, "--dry_run")
