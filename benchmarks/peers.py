@@ -247,8 +247,7 @@ def refusal(options, results, here, new):
     if there["precision"] != here["precision"]:
         return f"is in {there['precision']}, not in {here['precision']}: give another --out"
     if new and there != here:
-        name, how = new[0]
-        return f"has times of another machine, and none of {name} with {label(how)}"
+        return f"has times of another machine, and none of {timed_as(*new[0])}"
     if max(options.budgets) > TRIED and TRIED not in options.budgets:
         for name in options.methods:
             if name not in chosen:

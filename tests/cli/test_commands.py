@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,10 +42,14 @@ def test_a_preset_is_ordinary_hyperparameters(finished, tmp_path):
     assert vars(Run(exp_dir).read_hparams()) == {**defaults, **PRESETS["laptop"], **given}
 
 
+STANDING_CLOCK = SimpleNamespace(monotonic=lambda: 0.0)
+
+
 def test_a_budget_sets_the_epochs_of_a_new_run(tiny, tmp_path, monkeypatch):
     """12 seconds without 5 of encoding and 1 of the probe are 30 steps of 0.2 s, six an epoch."""
     costs = forecast.Costs(step=0.2, encoding=5.0, probe=1.0)
     monkeypatch.setattr(forecast, "measure_costs", lambda *_: costs)
+    monkeypatch.setattr(forecast, "time", STANDING_CLOCK)
     i = tiny.index("--n_epochs")
     argv = [*tiny[:i], *tiny[i + 2 :]]
     argv += ["--log_folder", tmp_path, "--budget", "0.2"]
@@ -55,7 +60,8 @@ def test_a_budget_sets_the_epochs_of_a_new_run(tiny, tmp_path, monkeypatch):
     assert Run(exp_dir).read_hparams().n_epochs == 5
     before = fingerprints(exp_dir)
     monkeypatch.setattr(forecast, "measure_costs", None)
-    assert run(*argv).code == 0
+    again = run(*argv)
+    assert again.code == 0 and "--budget has no effect on a run that exists" in again.out
     assert not changed_files(exp_dir, before)
     assert refused(run(*argv, "--n_epochs", "3"), 2, "--budget sets n_epochs")
     assert refused(run(*argv, "--budget", "nan"), 2, "minutes above 0")
@@ -71,6 +77,7 @@ def test_a_short_budget_takes_a_smaller_network_of_the_preset(monkeypatch, caplo
         return forecast.Costs(step=1.0, encoding=encoding, probe=0.0)
 
     monkeypatch.setattr(forecast, "measure_costs", costs_of)
+    monkeypatch.setattr(forecast, "time", STANDING_CLOCK)
     options = "--dataset textures --preset laptop --dry_run --device cpu".split()
     for minutes, given, expected in (
         (2, [], ": n_epochs 0.875; 70 steps"),

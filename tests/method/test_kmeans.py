@@ -35,7 +35,7 @@ def test_centroids_are_those_of_sklearn():
     assert (cosines.amax(1) > 0.9999).all() and len(set(cosines.argmax(1).tolist())) == 3
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 def test_features_are_those_of_a_loop_over_the_patches(dtype, tolerance):
     images = pictures(2)[:, :, :12, :12].contiguous()
     mean, W = kmeans.whitening(kmeans.patches_of(images).flatten(0, 1))

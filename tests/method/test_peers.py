@@ -70,7 +70,7 @@ def test_a_step_trains_the_backbone_with_each_of_its_settings(name):
 def test_the_target_of_byol_follows_by_a_hundredth():
     pytest.importorskip("lightly")
     backbone = build_backbone(peers_methods.ARCH)[0]
-    heads, forward, criterion = peers_methods.byol(backbone)
+    heads, forward, criterion = peers_methods.byol(backbone, momentum=0.99)
     images, labels = pictures(6), torch.arange(6)
     *predicted, z0, z1 = forward(images, labels, generator(0, "test"))
     assert not z0.requires_grad and all(p.requires_grad for p in predicted)
@@ -98,7 +98,7 @@ def test_the_covariance_of_vicreg_is_lightlys():
 
 def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys):
     few = textures(25)  # 160 images
-    kmeans = {}, [F.one_hot(few.labels, 10).float()] * 2  # features that give the labels away
+    kmeans = {}, [F.one_hot(few.labels, 10).repeat(1, 99)] * 2  # which give the labels away
     monkeypatch.setattr(peers, "kmeans_row", lambda *_: kmeans)
     monkeypatch.setattr(peers, "untrained_entry", lambda *_: {})
     for name, value in {"TRIED": 20, "N_FIT": 60, "N_SCORED": 40}.items():
@@ -138,7 +138,7 @@ def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys)
     assert last["seed"] == 43 and list(last["scores"]) == [chosen]
     other = text.replace('"precision": "', '"precision": "other ')
     for content, options, reason in (
-        (elsewhere, [], "none of byol with muon 0.02, momentum 0.9"),
+        (elsewhere, [], "none of byol muon momentum 0.9"),
         (other, [], "in other"),
         (text, ["--budgets", "40"], "no choice of byol: give --budgets 20, too"),
     ):
@@ -163,7 +163,7 @@ def test_a_method_learns():
     train, test = (select(textures(10), torch.arange(i, 400, 2)) for i in range(2))
     method = METHODS["supervised"]._replace(bs=40)
     still, trained = (
-        peers.train_method(method, Try("muon", rate), 0, train, 15, False) for rate in (1e-9, 0.05)
+        peers.train_method(method, Try("muon", rate), 0, train, 40, False) for rate in (1e-9, 0.05)
     )
     scores = [
         peers.accuracies_of(backbone, train, test, 0, False, size=8)["knn_top1"]
