@@ -8,6 +8,7 @@ import statistics
 
 from benchmarks.common import ROOT
 from benchmarks.peers_methods import ARCH, METHODS
+from benchmarks.rows import RUN_BUDGETS
 from benchmarks.tables import kmeans_runs, peers_by_budget, results_of, seconds_of_runs
 
 STYLES = {
@@ -34,18 +35,18 @@ def set_ticks(axes, ticks):
 
 
 def laptop_curves():
-    """Return {title: points by time} of the methods of laptop.json and kmeans.json.
+    """Return {title: points by time} of laptop.json and kmeans.json.
 
     A point is (seconds, least, mean, greatest top-1) of the seeds.
     """
     results = results_of("laptop")
-    curves = {}
-    for name, title in (("preset", "--preset laptop"), ("lars", "LARS, mean of the features")):
-        runs_of_sizes = [results[key]["runs"] for key in results if key.startswith(f"{name}-")]
-        curves[title] = [point(runs, seconds_of_runs(runs)) for runs in runs_of_sizes]
+    names = [*(f"budget-{minutes}" for minutes in RUN_BUDGETS), "preset-50000"]
+    preset = [results[name]["runs"] for name in names if name in results]
     kmeans = kmeans_runs().values()
-    seconds = [[run["seconds"] for run in runs] for runs in kmeans]
-    curves["k-means of patches"] = [point(*pair) for pair in zip(kmeans, seconds, strict=True)]
+    curves = {
+        "--preset laptop": [point(runs, seconds_of_runs(runs)) for runs in preset],
+        "k-means of patches": [point(runs, seconds_of_runs(runs)) for runs in kmeans],
+    }
     return {title: sorted(points) for title, points in curves.items()}
 
 
@@ -59,13 +60,11 @@ def laptop_figure():
     machine = results["preset-50000"]["machine"]
     xlabel = "seconds of training, encoding and probe"
     made, axes = empty_figure(4, machine, "CIFAR-10", xlabel=xlabel, xlim=(14, 800))
-    for (title, points), marker in zip(laptop_curves().items(), "osD", strict=True):
+    for (title, points), marker in zip(laptop_curves().items(), "os", strict=True):
         seconds, least, mean, most = zip(*points, strict=True)
         below = [m - low for m, low in zip(mean, least, strict=True)]
         above = [high - m for m, high in zip(mean, most, strict=True)]
         axes.errorbar(seconds, mean, [below, above], marker=marker, capsize=3, label=title)
-    untrained = results["untrained-50000"]["runs"][0]["top1"]
-    axes.axhline(untrained, color="grey", linestyle="--", label="untrained, the preset's views")
     set_ticks(axes, (15, 30, 60, 120, 300, 600))
     axes.legend()
     return made

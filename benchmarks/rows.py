@@ -129,10 +129,11 @@ VERDICTS = {  # of CPU; as good: within two points
     "mini": "better than the base: undecided",
 }
 TWO_SEEDS = ("base", "untrained", "muon", "three-quarters")  # in CPU
-PAPERS = (
+PAPERS = (  # with the same network
     "--optimizer lars --lr 0.3 --uniformity_loss tcr --invariance_loss_weight 200 "
     "--emb_pool features --pool_grid 1 --no-standardize"
 )
+RUN_BUDGETS = (1, 2, 4)  # minutes
 SIZES = {50000: "", 20000: "--n_images 20000", 5000: "--n_images 5000"}
 
 
@@ -148,15 +149,18 @@ def findings(group, options, two_seeds=()):
 
 
 def laptop_rows():
-    """Return the rows of --preset laptop: the preset and LARS by number of images, untrained."""
+    """Return the rows of --preset laptop: by number of images, by budget, and beside LARS."""
     rows = []
     for n, options in SIZES.items():
         title = f"the preset, {n:,} images"
         rows.append(Row("laptop", f"preset-{n}", title, options, seeds=3 if n == 50000 else 2))
-    for n, options in SIZES.items():
-        title = f"the preset with LARS and averaged features, {n:,} images"
-        rows.append(Row("laptop", f"lars-{n}", title, f"{PAPERS} {options}".strip()))
-    return [*rows, Row("laptop", "untrained-50000", "the preset, untrained", "--n_epochs 0")]
+    for minutes in RUN_BUDGETS:
+        title = f"the preset with `--budget {minutes}`"
+        rows.append(Row("laptop", f"budget-{minutes}", title, f"--budget {minutes}"))
+    lars = Row(
+        "laptop", "lars-50000", "the preset with the losses and the encoding of the paper", PAPERS
+    )
+    return [*rows, lars, Row("laptop", "untrained-50000", "the preset, untrained", "--n_epochs 0")]
 
 
 ROWS = [

@@ -13,7 +13,7 @@ from functools import partial
 from benchmarks.common import RESULTS_FOLDER, ROOT, version_text
 from benchmarks.peers import COMPARED_METHODS, N_FIT, N_SCORED
 from benchmarks.peers_methods import METHODS, PRESET_TRY, label
-from benchmarks.rows import GROUPS, all_options, rows_of
+from benchmarks.rows import GROUPS, RUN_BUDGETS, all_options, rows_of
 from benchmarks.speed import CHOICES
 from hparams import PRESETS, SETTINGS, STAGES, yaml_value
 from infra import files
@@ -176,14 +176,14 @@ def laptop_table():
 
 
 def summary_table():
-    """Return the table of the README: the preset, k-means, and the preset untrained."""
+    """Return the table of the README: the preset by budget, and k-means."""
     laptop = results_of("laptop")
-    rows = [
-        summary_row("`--preset laptop`", laptop["preset-50000"]["runs"]),
-        summary_row("k-means of patches, 1,600 centroids", kmeans_runs()[1600, 50000]),
-        summary_row("the preset, untrained", laptop["untrained-50000"]["runs"]),
-    ]
-    columns = ["CIFAR-10, 50,000 images", "linear probe, top-1", "20-NN", "seconds", "commit"]
+    names = [*(f"budget-{minutes}" for minutes in RUN_BUDGETS), "preset-50000"]
+    titles = {row.name: row.title for row in rows_of("laptop")}
+    rows = [summary_row(titles[name], laptop[name]["runs"]) for name in names if name in laptop]
+    for (n_centroids, n_images), runs in kmeans_runs().items():
+        rows.append(summary_row(f"k-means, {n_centroids:,} centroids, {n_images:,} images", runs))
+    columns = ["CIFAR-10", "linear probe, top-1", "20-NN", "seconds", "commit"]
     return markdown(columns, rows)
 
 
