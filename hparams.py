@@ -329,7 +329,7 @@ PRESETS = {
         "z_dim": 128,
         "n_patches": 4,
         "bs": 50,
-        "n_epochs": 1.5,
+        "n_epochs": 1.2,
         "optimizer": "muon",
         "lr": 0.05,
         "uniformity_loss": "contrastive",
