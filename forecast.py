@@ -183,17 +183,16 @@ def within_budget(hp, minutes, lighter=()):
     """Return hp with the n_epochs with which a run takes so many minutes in all, and print them.
 
     A few steps, batches to encode and epochs of the probe are timed. lighter: changes of settings
-    that are made in turn, until encoding and the probe take at most half of the time. Raises
-    UsageError if they leave no time for training, or with several processes.
+    that are made in turn, until encoding and the probe take at most half of the time. If they do
+    not suffice, n_images is set, too. Raises UsageError if there is no time for training, or with
+    several processes.
     """
     if distributed.WORLD_SIZE > 1:
         raise UsageError("--budget measures one process: with torchrun, give --n_epochs")
     start = time.monotonic()
     machine = Machine.of(hp)
     images = Images(hp)
-    per_epoch = len(images["train"].images) // hp.bs
-    if per_epoch < 1:
-        raise UsageError(f"bs {hp.bs} is more than the training images: lower it")
+    n_images = len(images["train"].images)
     changed = {}
     for change in ({}, *lighter):
         changed |= change
@@ -202,6 +201,13 @@ def within_budget(hp, minutes, lighter=()):
         costs = measure_costs(hp, machine, encoder, images)
         if costs.after_training <= 30 * minutes:
             break
+    else:
+        if lighter and hp.n_images is None:
+            n_images, costs = with_fewer_images(30 * minutes, costs, images)
+            changed["n_images"] = n_images
+    per_epoch = n_images // hp.bs
+    if per_epoch < 1:
+        raise UsageError(f"bs {hp.bs} is more than the {n_images} training images: lower it")
     seconds = 60 * minutes - costs.after_training - (time.monotonic() - start)
     n_steps = int(seconds / costs.step)
     times = f"encoding takes about {costs.encoding:.0f} s, the probe {costs.probe:.0f} s"
@@ -214,6 +220,19 @@ def within_budget(hp, minutes, lighter=()):
     settings = ", ".join(f"{name} {yaml_value(value)}" for name, value in changed.items())
     log.info(f"* --budget {minutes:g}: {settings}; {n_steps} steps of {costs.step:.3g} s, {times}")
     return replace(hp, **changed)
+
+
+def with_fewer_images(seconds, costs, images):
+    """Return (number of training images, Costs), so that encoding and the probe take so long.
+
+    The test images are all encoded; at least a tenth of the training images remains.
+    """
+    n_train = len(images["train"].images)
+    n_test = len(images["test"].images) if images["test"] else 0
+    per_image = costs.encoding / (n_train + n_test)
+    n = int((seconds - n_test * per_image) / (per_image + costs.probe / n_train))
+    n = max(n, n_train // 10)
+    return n, costs._replace(encoding=(n + n_test) * per_image, probe=costs.probe * n / n_train)
 
 
 def measure_costs(hp, machine, encoder, images):

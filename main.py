@@ -95,6 +95,8 @@ def budgeted(hp, run, args, exists):
         f"{run.hparams_yaml}; to train on, resume it with more --n_epochs"
     )
     names = ["n_epochs", *(name for change in lighter for name in change)]
+    if lighter and "n_images" not in cli.given_settings(args):
+        names.append("n_images")
     return replace(hp, **{name: getattr(there, name) for name in names})
 
 

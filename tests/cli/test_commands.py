@@ -74,23 +74,25 @@ def test_a_short_budget_takes_a_smaller_network_of_the_preset(monkeypatch, caplo
 
     def costs_of(hp, *_):
         encoding = {"resnet10-mini": 50.0, "resnet10-tiny": 40.0}[hp.arch] / (1 + (not hp.mirror))
-        return forecast.Costs(step=1.0, encoding=encoding, probe=0.0)
+        return forecast.Costs(step=0.5, encoding=encoding, probe=0.0)
 
     monkeypatch.setattr(forecast, "measure_costs", costs_of)
     monkeypatch.setattr(forecast, "time", STANDING_CLOCK)
     options = "--dataset textures --preset laptop --dry_run --device cpu".split()
     for minutes, given, expected in (
-        (2, [], ": n_epochs 0.875; 70 steps"),
-        (1.4, [], ": arch resnet10-tiny, n_epochs 0.55; 44 steps"),
-        (1, [], ": arch resnet10-tiny, mirror false, n_epochs 0.5; 40 steps"),
-        (1, ["--arch", "resnet10-mini"], ": mirror false, n_epochs 0.4375; 35 steps"),
+        (2, [], ": n_epochs 1.75; 140 steps"),
+        (1.4, [], ": arch resnet10-tiny, n_epochs 1.1; 88 steps"),
+        (1, [], ": arch resnet10-tiny, mirror false, n_epochs 1.0; 80 steps"),
+        (1, ["--arch", "resnet10-mini"], ": mirror false, n_epochs 0.875; 70 steps"),
+        # 5,000 images are encoded in 20 s; 10 s are for 1,000 test and 1,500 training images
+        (1 / 3, [], ": arch resnet10-tiny, mirror false, n_images 1500, n_epochs 0.666667; 20"),
     ):
         caplog.clear()
         args = cli.parse(["train", *options, *given])
         hp = cli.hparams_of(args)
         changed = forecast.within_budget(hp, minutes, cli.lighter_settings(args))
-        assert f"--budget {minutes}{expected}" in caplog.text
-        names = ("n_epochs", "arch", "mirror")
+        assert f"--budget {minutes:g}{expected}" in caplog.text
+        names = ("n_epochs", "arch", "mirror", "n_images")
         assert changed == replace(hp, **{name: getattr(changed, name) for name in names})
         for name in set(names) & set(expected.replace(",", "").split()):
             assert f"{name} {yaml_value(getattr(changed, name))}" in expected

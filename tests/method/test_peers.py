@@ -163,10 +163,10 @@ def test_a_method_learns():
     train, test = (select(textures(10), torch.arange(i, 400, 2)) for i in range(2))
     method = METHODS["supervised"]._replace(bs=40)
     still, trained = (
-        peers.train_method(method, Try("muon", rate), 0, train, 40, False) for rate in (1e-9, 0.05)
+        peers.train_method(method, Try("muon", rate), 0, train, 20, False) for rate in (1e-9, 0.05)
     )
     scores = [
         peers.accuracies_of(backbone, train, test, 0, False, size=8)["knn_top1"]
         for backbone in (still, trained)
     ]
-    assert scores[1] > scores[0] + 10
+    assert scores[1] > scores[0] + 5
