@@ -343,7 +343,7 @@ PRESETS = {
     },
 }
 # What --budget changes of a preset, one after the other, while encoding and the probe would take
-# more than half of the time.
+# more than two thirds of the time.
 LIGHTER = {"laptop": ({"arch": "resnet10-tiny"}, {"mirror": False})}
 
 

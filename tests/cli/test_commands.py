@@ -81,11 +81,11 @@ def test_a_short_budget_takes_a_smaller_network_of_the_preset(monkeypatch, caplo
     options = "--dataset textures --preset laptop --dry_run --device cpu".split()
     for minutes, given, expected in (
         (2, [], ": n_epochs 1.75; 140 steps"),
-        (1.4, [], ": arch resnet10-tiny, n_epochs 1.1; 88 steps"),
-        (1, [], ": arch resnet10-tiny, mirror false, n_epochs 1.0; 80 steps"),
-        (1, ["--arch", "resnet10-mini"], ": mirror false, n_epochs 0.875; 70 steps"),
-        # 5,000 images are encoded in 20 s; 10 s are for 1,000 test and 1,500 training images
-        (1 / 3, [], ": arch resnet10-tiny, mirror false, n_images 1500, n_epochs 0.666667; 20"),
+        (1.2, [], ": arch resnet10-tiny, n_epochs 0.8; 64 steps"),
+        (0.9, [], ": arch resnet10-tiny, mirror false, n_epochs 0.85; 68 steps"),
+        (0.9, ["--arch", "resnet10-mini"], ": mirror false, n_epochs 0.725; 58 steps"),
+        # 5,000 images are encoded in 20 s; 12 s are for 1,000 test and 2,000 training images
+        (0.3, [], ": arch resnet10-tiny, mirror false, n_images 2000, n_epochs 0.3; 12 steps"),
     ):
         caplog.clear()
         args = cli.parse(["train", *options, *given])
