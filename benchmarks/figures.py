@@ -75,7 +75,7 @@ def peers_figure():
     made, axes = empty_figure(
         4.2, results["machine"], f"CIFAR-10, {ARCH}", xlabel="minutes of training"
     )
-    for (name, by_budget), marker in zip(peers_by_budget(results).items(), "osD^vP*", strict=True):
+    for (name, by_budget), marker in zip(peers_by_budget(results).items(), "osD^vP*", strict=False):
         points = sorted(
             (budget / 60, statistics.mean(row["top1"] for row in rows))
             for budget, rows in by_budget.items()
