@@ -318,7 +318,7 @@ def seconds_of_probe(hp, machine, images, dim):
     seconds(1000)  # the first one takes longer
     short, long = seconds(1000), seconds(5000)
     per_image = max(0.0, long - short) / 4000
-    return short + per_image * (len(images["train"].images) - 1000)
+    return max(0.0, short + per_image * (len(images["train"].images) - 1000))
 
 
 def flops_per_patch(encoder, size, device):

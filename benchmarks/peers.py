@@ -8,14 +8,14 @@ All methods train the network of --preset laptop, with the pixels of its patches
 images. The first start measures the time of a step of each method, k-means features, and the
 untrained network. A budget is then a number of steps, so that the accuracy does not depend on what
 else the machine does, and rows can be added on another machine of the same precision. A method
-tries several optimizers, learning rates and settings of its own at budgets up to TRIED seconds, and
-keeps what has the best linear probe on N_SCORED training images that neither the method nor the
-probe is trained with; those of the preset are the search behind it. Longer budgets and further
-seeds use the choice at TRIED. All methods are encoded as by the preset, in that of the method's
-sizes which has the best score. with_kmeans_top1 is the probe of these features beside those of
-k-means. Each training run is kept in --log_folder and each result is a row of
-benchmarks/results/peers.json. What is there is not run again: after a change of peers_methods.py,
-remove the method's runs and rows.
+tries several learning rates and settings of its own at budgets up to TRIED seconds, and keeps what
+has the best linear probe on N_SCORED training images that neither the method nor the probe is
+trained with. The method search, which is run only when named, tries what the preset was chosen
+from. Longer budgets and further seeds use the choice at TRIED. All methods are encoded as by the
+preset, in that of the method's sizes which has the best score. with_kmeans_top1 is the probe of
+these features beside those of k-means. Each training run is kept in --log_folder and each result is
+a row of benchmarks/results/peers.json. What is there is not run again: after a change of
+peers_methods.py, remove the method's runs and rows.
 """
 
 import statistics

@@ -169,6 +169,9 @@ def test_candidates_in_bf16_give_the_same_neighbours():
     torch.testing.assert_close(in_bf16[0], cosine)
     few = nearest(x[:3], query, 5, x[:3].bfloat16())
     assert few[1].shape == (30, 3)
+    y = torch.arange(20_000) % 50
+    y_test = y[index[:, 0]]  # the label of the nearest one, which knn finds
+    assert knn(x, y, query, y_test, 50, k=1, bf16=True) == 100
 
 
 def test_linear_probe_learns_and_reports_last_and_best():
