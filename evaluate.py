@@ -55,21 +55,20 @@ def linear_probe(x, y, x_test, y_test, n_classes, fit=DEFAULT_FIT, progress=no_p
     estimate; per_epoch, a list of [top1, top5]; confusion, confusion_matrix of the last epoch as a
     list of lists; lr; and held_out, {lr: top-1 on the tenth}, empty if there was no choice.
     """
-    if fit.standardize:
-        mean = x.mean(0)
-        scale = x.std(0, correction=0).clamp(min=1e-6).reciprocal()
-        x = (x - mean) * scale
-        x_test = (x_test - mean) * scale
+    mean, scale = standardisation(x) if fit.standardize else (torch.zeros_like(x[0]), 1)
+    fold = functools.partial(folded, mean=mean, scale=scale)
+    inputs = inputs_of(x, mean, scale, fit.bf16)
     lr = fit.lr
     held_out = {}
     if lr is None and len(x) < 10:
         lr = PROBE_LR
     if lr is None:
-        lr, held_out = choose_lr(x, y, n_classes, fit, progress)
+        lr, held_out = choose_lr(x, y, inputs, fold, n_classes, fit, progress)
 
     per_epoch = []
     epochs = progress(range(fit.n_epochs), "linear probe")
-    for (layer,) in softmax_regressions(x, y, [lr], n_classes, fit, epochs):
+    for (layer,) in softmax_regressions(inputs, y, [lr], n_classes, fit, epochs):
+        layer = fold(layer)
         per_epoch.append(accuracy(layer, x_test, y_test))
     top1, top5 = per_epoch[-1]
     best_epoch = max(range(fit.n_epochs), key=lambda epoch: per_epoch[epoch][0])
@@ -85,40 +84,63 @@ def linear_probe(x, y, x_test, y_test, n_classes, fit=DEFAULT_FIT, progress=no_p
         "lr": lr,
         "held_out": held_out,
     }
-    if fit.standardize:  # the layer takes x as it was given
-        weight = layer.weight * scale
-        layer = linear(weight, layer.bias - weight @ mean)
     return result, layer
 
 
-def choose_lr(x, y, n_classes, fit, progress):
-    """Return the best of LRS on a tenth of x that the fit does not see, and {lr: its top-1}."""
+def standardisation(x):
+    """Return (mean, scale) of the dimensions of x (N, d): (x - mean) * scale has deviation 1."""
+    return x.mean(0), x.std(0, correction=0).clamp(min=1e-6).reciprocal()
+
+
+def inputs_of(x, mean, scale, bf16):
+    """Return (x - mean) * scale, and 1 for the bias as the last column: (N, d + 1).
+
+    It is written by parts, so that no other copy of x is held.
+    """
+    inputs = x.new_ones(len(x), x.shape[1] + 1, dtype=torch.bfloat16 if bf16 else None)
+    for out, part in zip(inputs.split(1000), x.split(1000), strict=True):
+        out[:, :-1] = (part - mean) * scale
+    return inputs
+
+
+def folded(layer, mean, scale):
+    """Return the layer that does to x what `layer` does to (x - mean) * scale."""
+    weight = layer.weight * scale
+    return linear(weight, layer.bias - weight @ mean)
+
+
+def choose_lr(x, y, inputs, fold, n_classes, fit, progress):
+    """Return the best of LRS on a tenth of x that the fit does not see, and {lr: its top-1}.
+
+    inputs: inputs_of x. fold: makes a layer of `inputs` one of x.
+    """
     order = torch.randperm(len(x), generator=generator(fit.seed, "held-out"))
     n = len(x) // 10
     tenth, rest = to_device(order, x.device).split([n, len(x) - n])
     epochs = progress(range(fit.n_epochs), "linear probe, choice of its rate")
-    regressions = softmax_regressions(x[rest], y[rest], LRS, n_classes, fit, epochs)
+    regressions = softmax_regressions(inputs, y, LRS, n_classes, fit, epochs, rest)
     for layers in regressions:  # noqa: B007, those of the last epoch count
         pass
     scores = {
-        lr: accuracy(layer, x[tenth], y[tenth])[0] for lr, layer in zip(LRS, layers, strict=True)
+        lr: accuracy(fold(layer), x[tenth], y[tenth])[0]
+        for lr, layer in zip(LRS, layers, strict=True)
     }
     ties = [lr for lr in LRS if scores[lr] == max(scores.values())]
     return min(ties, key=lambda lr: abs(math.log(lr / PROBE_LR))), scores
 
 
 @torch.no_grad()
-def softmax_regressions(x, y, lrs, n_classes, fit, epochs):
+def softmax_regressions(x, y, lrs, n_classes, fit, epochs, rows=None):
     """Fit a linear layer for each of the L learning rates, all at once, as rows of one matrix.
 
-    The arguments are those of linear_probe. epochs: range(fit.n_epochs). After each one, yields the
-    layers (nn.Linear) in the order of lrs.
+    x: (N, d + 1), inputs_of what linear_probe takes; its dtype is that of the matrix products.
+    rows: the indices of those to fit, int64 (M,); None for all. epochs: range(fit.n_epochs). After
+    each one, yields the layers (nn.Linear) in the order of lrs.
     """
     L = len(lrs)
     C = n_classes
-    d = x.shape[1]
-    x = F.pad(x.bfloat16() if fit.bf16 else x, (0, 1), value=1.0)  # (N, d + 1): 1 times the bias
-    W = torch.zeros(L * C, d + 1, device=x.device)  # convex, so zeros are a good start
+    M = len(x) if rows is None else len(rows)
+    W = torch.zeros(L * C, x.shape[1], device=x.device)  # convex, so zeros are a good start
     momentum = torch.zeros_like(W)
     rates = torch.tensor(lrs).repeat_interleave(C)[:, None]  # (L C, 1)
     one_hot = F.one_hot(y, C).float()  # (N, C)
@@ -127,8 +149,9 @@ def softmax_regressions(x, y, lrs, n_classes, fit, epochs):
     for epoch in epochs:
         cosine = (1 + math.cos(math.pi * epoch / fit.n_epochs)) / 2
         minus_lr = to_device(-rates * cosine, x.device)  # (L C, 1)
-        order = torch.randperm(len(x), generator=generator(fit.seed, "probe", epoch))
+        order = torch.randperm(M, generator=generator(fit.seed, "probe", epoch))
         order = to_device(order, x.device)
+        order = order if rows is None else rows[order]
         targets = one_hot[order, None].split(fit.bs)  # (bs, 1, C) each
         for index, target in zip(order.split(fit.bs), targets, strict=True):
             # The gradient of softmax regression, written out: autograd and torch.optim take 2x as

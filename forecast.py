@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import Images
 from encode import Output, batch_size, check_views, encode
-from evaluate import LRS, PROBE_LR, Fit, knn, softmax_regressions
+from evaluate import LRS, PROBE_LR, Fit, inputs_of, knn, softmax_regressions
 from experiment import Machine, n_steps_in
 from hparams import to_yaml, yaml_value
 from images.cache import on_device
@@ -307,8 +307,9 @@ def seconds_of_probe(hp, machine, images, dim):
         x = torch.randn(n, dim, device=machine.device)
         y = torch.arange(n, device=machine.device) % n_classes
         start = time.monotonic()
+        inputs = inputs_of(x, 0, 1, machine.bf16)
         for lrs in tries:
-            for _ in softmax_regressions(x, y, lrs, n_classes, fit, range(n_epochs)):
+            for _ in softmax_regressions(inputs, y, lrs, n_classes, fit, range(n_epochs)):
                 x.sum().item()  # waits for a GPU
         probe = (time.monotonic() - start) * hp.n_eval_epochs / n_epochs
         start = time.monotonic()

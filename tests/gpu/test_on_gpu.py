@@ -116,4 +116,4 @@ def test_a_step_of_the_probe_does_not_wait(set_sync_debug_mode):
     x = torch.randn(100, 32).to("cuda")
     y = torch.arange(100).remainder(3).to("cuda")
     set_sync_debug_mode("error")
-    list(softmax_regressions(x, y, [0.1, 0.2], 3, Fit(n_epochs=2, bf16=True), range(2)))
+    list(softmax_regressions(x.bfloat16(), y, [0.1, 0.2], 3, Fit(n_epochs=2, bf16=True), range(2)))
