@@ -15,7 +15,7 @@ from infra import distributed
 from infra.console import log, log_stage, progress
 from infra.device import generator, without_tuning
 from infra.errors import RunError, UsageError
-from model import STAGE_POOLS, TIMM, fold_batch_norm, map_means, stage_dim, stage_maps
+from model import STAGE_POOLS, TIMM, fold_batch_norm, map_means, stage_dims, stage_maps
 from patches import sample_views
 
 
@@ -110,7 +110,7 @@ def dims_of(encoder):
         "backbone": encoder.features[0].in_features,
         "features": encoder.features[0].out_features,
         "proj": encoder.projection[-1].out_features,
-        **{pool: stage_dim(encoder.backbone, pool) for pool in STAGE_POOLS},
+        **{pool: sum(stage_dims(encoder.backbone, pool)) for pool in STAGE_POOLS},
     }
 
 

@@ -77,6 +77,12 @@ class Hparams:
     pretrained_proj: str | None = _model(
         None, "checkpoint to take the projection's weights from, then kept frozen"
     )
+    stage_loss_weight: float = _model(
+        0.0,
+        "coefficient of the same losses of each stage of a resnet before the last one, which then "
+        "have projections of their own",
+        low=0,
+    )
     n_patches: int = _encoder(100, "patches per image", low=1, high=10_000)
     bags: int = _encoder(
         1,
@@ -198,6 +204,8 @@ class Hparams:
             raise UsageError(
                 f"emb_pool {self.emb_pool} is for resnets of torchvision, not {self.arch}"
             )
+        if self.stage_loss_weight and is_timm:
+            raise UsageError(f"stage_loss_weight is for resnets of torchvision, not {self.arch}")
         if self.image_size % 2:
             raise UsageError(
                 f"image_size must be even, a patch being half as wide, not {self.image_size}"
@@ -406,7 +414,10 @@ def from_dict(values, source):
     for name, declaration in SETTINGS.items():
         if name not in values:
             default = yaml_value(declaration.default)
-            raise UsageError(f"{source}: {name} is missing (its default is {default})")
+            raise UsageError(
+                f"{source}: {name} is missing (its default is {default}), or an earlier version of "
+                f"this program wrote the file"
+            )
     try:
         return Hparams(**values)
     except UsageError as error:

@@ -121,6 +121,19 @@ def emp_ssl_loss(
     return invariance_weight * invariance + uniformity_weight * uniformity, invariance, uniformity
 
 
+def loss_of_stages(z, criterion, stage_weight):
+    """Return (total, invariance, uniformity), the last two of the last stage.
+
+    total is that of the last stage and stage_weight times those of the stages before it. z:
+    (P, B, K, d) of K stages. criterion: z (P, B, d) -> (total, invariance, uniformity).
+    """
+    *earlier, last = z.unbind(2)
+    total, invariance, uniformity = criterion(last)
+    for stage in earlier:
+        total = total + stage_weight * criterion(stage)[0]
+    return total, invariance, uniformity
+
+
 def _shape(z):
     if z.ndim != 3:
         raise ValueError(f"z must have shape (patches, images, z_dim), not {tuple(z.shape)}")

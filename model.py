@@ -15,6 +15,7 @@ from infra.errors import UsageError
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 TIMM = "timm/"  # the prefix of the names of timm's models
 STAGE_POOLS = ("stages", "blocks")  # of stage_maps
+STAGE_HEAD_DIM = 256
 
 
 class Encoder(nn.Module):
@@ -22,8 +23,10 @@ class Encoder(nn.Module):
     vectors.
 
     z is float32. arch, size and pretrained: see build_backbone. activation (a key of ACTIVATIONS)
-    and batch_norm apply to both heads. Raises UsageError for an unknown arch or activation.
-    Source: arXiv 2304.03977, section 2 and the authors' code.
+    and batch_norm apply to all heads. stage_heads: each stage of a resnet but the last one has a
+    projection of its own, too. Raises UsageError for an unknown arch or activation.
+    Source: arXiv 2304.03977, section 2 and the authors' code; the heads of the stages are as in
+    arXiv 1409.5185 (deeply-supervised nets).
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Encoder(nn.Module):
         batch_norm=True,
         size=32,
         pretrained=False,
+        stage_heads=False,
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -48,11 +52,23 @@ class Encoder(nn.Module):
         self.backbone, feature_dim = build_backbone(arch, size, pretrained)
         self.features = nn.Sequential(*layer(feature_dim, h_dim))
         self.projection = nn.Sequential(*layer(h_dim, h_dim), nn.Linear(h_dim, z_dim))
+        dims = stage_dims(self.backbone)[:-1] if stage_heads else []
+        self.stage_heads = nn.ModuleList(
+            nn.Sequential(*layer(dim, STAGE_HEAD_DIM), nn.Linear(STAGE_HEAD_DIM, z_dim))
+            for dim in dims
+        )
 
-    def forward(self, x):
-        h = self.features(self.backbone(x))
-        z = F.normalize(self.projection(h).float(), dim=-1)
-        return h, z
+    def forward(self, x, all_heads=False):
+        """Return (h, z). all_heads: z of the heads of the K stages, the last one last: (N, K, d)"""
+        if not (all_heads and self.stage_heads):
+            h = self.features(self.backbone(x))
+            z = F.normalize(self.projection(h).float(), dim=-1)
+            return h, z[:, None] if all_heads else z
+        *earlier, last = [stage.mean((2, 3)) for stage in stage_maps(self.backbone, x)]
+        h = self.features(last)
+        z = [head(stage) for head, stage in zip(self.stage_heads, earlier, strict=True)]
+        z = torch.stack([*z, self.projection(h)], 1)  # (N, K, z_dim)
+        return h, F.normalize(z.float(), dim=-1)
 
 
 def resnet(build, small_stem, removed=()):
@@ -196,14 +212,14 @@ def map_means(maps, parts=1):
     return torch.cat([F.adaptive_avg_pool2d(x, parts).flatten(1) for x in maps], 1)
 
 
-def stage_dim(backbone, pool="stages"):
-    """Return the sum of the numbers of channels of stage_maps, 0 if the backbone is no resnet."""
+def stage_dims(backbone, pool="stages"):
+    """Return the numbers of channels of stage_maps, an empty list if the backbone is no resnet."""
     if not stages_of(backbone):
-        return 0
+        return []
     p = next(backbone.parameters())
     with torch.no_grad():
         maps = stage_maps(copy.deepcopy(backbone).eval(), p.new_zeros(1, 3, 32, 32), pool)
-    return sum(x.shape[1] for x in maps)
+    return [x.shape[1] for x in maps]
 
 
 class Conv3x3(nn.Conv2d):

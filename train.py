@@ -17,7 +17,7 @@ from infra.console import log, log_stage, progress_bar, time_left
 from infra.device import generator, peak_memory
 from infra.errors import RunError
 from infra.signals import Interrupted, first_signal, hold_signals
-from loss import emp_ssl_loss
+from loss import emp_ssl_loss, loss_of_stages
 from optimizers import build_optimizer, learning_rate, load_momenta, set_learning_rate
 from patches import batch_params, render
 
@@ -113,7 +113,7 @@ def build_step(hp, network, optimizer, bf16):
         network,
         optimizer,
         views=hp.train_views,
-        criterion=criterion,
+        criterion=partial(loss_of_stages, criterion=criterion, stage_weight=hp.stage_loss_weight),
         max_patches=hp.max_patches,
         bf16=bf16,
     )
@@ -126,15 +126,15 @@ def train_step(
 
     network: a model.Encoder, possibly wrapped. images: uint8 (B, 3, H, W) on its device. With
     several processes they are this one's shard, and the losses are those of the whole batch.
-    generator: a CPU torch.Generator. views: patches.Views. criterion: z (P, B, d) -> (total,
-    invariance, uniformity). max_patches: patches in the network at once, None for all. bf16: run
-    the network under bfloat16 autocast.
+    generator: a CPU torch.Generator. views: patches.Views. criterion: z (P, B, K, d) of K stages ->
+    (total, invariance, uniformity). max_patches: patches in the network at once, None for all.
+    bf16: run the network under bfloat16 autocast.
     """
     first, batch = distributed.shard_offset(len(images))
     params = batch_params(images.shape, views.n, generator, first, batch, views.augment)
     sample = partial(render, images, size=views.size)  # rows of params -> (n, 3, S, S)
-    z, backward = project(network, sample, params, max_patches, bf16)  # (P B, d)
-    z = z.unflatten(0, (views.n, -1))  # (P B, d) -> (P, B, d)
+    z, backward = project(network, sample, params, max_patches, bf16)
+    z = z.unflatten(0, (views.n, -1))  # (P B, K, d) -> (P, B, K, d)
     total, invariance, uniformity = criterion(distributed.all_gather(z))
     optimizer.zero_grad()
     backward(total)
@@ -145,7 +145,7 @@ def train_step(
 
 
 def project(network, sample, params, max_patches, bf16):
-    """Return (z, backward): z (n, d) of n patches, and a function that backpropagates a loss of z.
+    """Return (z, backward): z (n, K, d) of n patches, and what backpropagates a loss of z.
 
     sample(params) renders the patches. With more than max_patches patches, z is computed chunk by
     chunk without a graph. backward computes the gradient of z and then samples the chunks and
@@ -159,14 +159,14 @@ def project(network, sample, params, max_patches, bf16):
     def forward(chunk):
         x = sample(chunk)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            return network(x)[1]  # (len(x), d)
+            return network(x, all_heads=True)[1]  # (len(x), K, d)
 
     if n_chunks == 1:
         return forward(params), torch.Tensor.backward
     parts = {name: values.tensor_split(n_chunks) for name, values in params.items()}
     chunks = [{name: values[i] for name, values in parts.items()} for i in range(n_chunks)]
     with torch.no_grad():
-        z = torch.cat([forward(chunk) for chunk in chunks])  # (n, d)
+        z = torch.cat([forward(chunk) for chunk in chunks])  # (n, K, d)
     z.requires_grad_()
 
     def backward(total):

@@ -48,7 +48,14 @@ def random_encoder(hp, pretrained=False):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(hp.seed, "init").initial_seed())
         return Encoder(
-            hp.arch, hp.h_dim, hp.z_dim, hp.activation, hp.batch_norm, hp.patch_size, pretrained
+            hp.arch,
+            hp.h_dim,
+            hp.z_dim,
+            hp.activation,
+            hp.batch_norm,
+            hp.patch_size,
+            pretrained,
+            stage_heads=hp.stage_loss_weight > 0,
         )
 
 

@@ -13,7 +13,7 @@ from torchvision.ops import roi_align
 
 from cli import hparams_of, parse
 from hparams import PRESETS
-from model import BACKBONES, Encoder, build_backbone
+from model import BACKBONES, STAGE_HEAD_DIM, Encoder, build_backbone, stage_dims, stage_maps
 from optimizers import build_optimizer
 from patches import Augment, augment_, augmentation_plan, sample_params, to_signed
 from train import build_step
@@ -76,12 +76,32 @@ def random_views(images, rng, n=2, area=0.08, augmentation=NO_BLUR):
     return to_signed(x).unflatten(0, (n, B))  # (n B, 3, S, S) -> (n, B, 3, S, S)
 
 
-def simclr(backbone, temperature=0.5, area=0.08):
+def simclr(backbone, temperature=0.5, area=0.08, stages=0.0):
+    """SimCLR. stages: the coefficient of its loss of the stages before the last one."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules.heads import SimCLRProjectionHead
 
-    head = SimCLRProjectionHead(DIM, 512, 128)
-    return two_views(backbone, head, NTXentLoss(temperature), area)
+    if not stages:
+        head = SimCLRProjectionHead(DIM, 512, 128)
+        return two_views(backbone, head, NTXentLoss(temperature), area)
+    dims = stage_dims(backbone)
+    heads = [SimCLRProjectionHead(dim, STAGE_HEAD_DIM, 128) for dim in dims[:-1]]
+    heads = nn.ModuleList([*heads, SimCLRProjectionHead(DIM, 512, 128)])
+    K = len(heads)
+    loss = NTXentLoss(temperature)
+
+    def forward(images, labels, rng):
+        z = []
+        for view in random_views(images, rng, area=area):
+            maps = stage_maps(backbone, view)
+            z += [head(x.mean((2, 3))) for head, x in zip(heads, maps, strict=True)]
+        return z  # K of the first view, K of the second
+
+    def criterion(*z):
+        *earlier, last = [loss(z[k], z[K + k]) for k in range(K)]
+        return last + stages * sum(earlier)
+
+    return heads, forward, criterion
 
 
 def vicreg(backbone, width, area=0.08):
@@ -189,7 +209,8 @@ def build_peer(parts_of, how, bf16):
 def build_emp_ssl(how, bf16):
     """Return (backbone, optimizer, step) of this program, by --preset laptop and how.settings."""
     hp = settings_of(how)
-    encoder = Encoder(hp.arch, hp.h_dim, hp.z_dim).to(memory_format=torch.channels_last)
+    encoder = Encoder(hp.arch, hp.h_dim, hp.z_dim, stage_heads=hp.stage_loss_weight > 0)
+    encoder = encoder.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(hp, encoder, bf16)
     step = build_step(hp, encoder, optimizer, bf16)
     return encoder.backbone, optimizer, lambda images, labels, rng: step(images, rng)
@@ -231,6 +252,15 @@ METHODS = {
     "search": EMP_SSL("the search behind --preset laptop", tries=SEARCH),
     "simclr": Method(
         "SimCLR", partial(build_peer, simclr), (*by_muon("temperature 0.2"), Try("muon", 0.05))
+    ),
+    # What the losses of the stages, which are of no peer as published, do for one.
+    "simclr-stages": Method(
+        "SimCLR with stage losses",
+        partial(build_peer, simclr),
+        tuple(
+            Try("muon", rate, f"temperature 0.2 area 0.25 stages {weight}")
+            for rate, weight in ((0.05, 1), (0.05, 3), (0.1, 3))
+        ),
     ),
     # Muon is slow for layers of 2048 x 2048.
     "vicreg": Method("VICReg", partial(build_peer, vicreg), by_muon("width 1024")),

@@ -23,7 +23,7 @@ from model import (
     build_backbone,
     fold_batch_norm,
     map_means,
-    stage_dim,
+    stage_dims,
     stage_maps,
 )
 from patches import Views
@@ -89,7 +89,7 @@ def test_resnets_equal_torchvisions(name):
     assert dim == ours.eval()(X).shape[1]
     for pool in ("stages", "blocks"):
         means = map_means(stage_maps(ours, X, pool))
-        assert means.shape[1] == stage_dim(ours, pool)
+        assert means.shape[1] == sum(stage_dims(ours, pool))
         torch.testing.assert_close(means[:, -dim:], ours(X))
     ours.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(ours(X), theirs.eval()(X), rtol=1e-3, atol=1e-4)
@@ -226,6 +226,7 @@ def test_wrong_names_and_settings_are_refused(monkeypatch):
     for values, words in (
         ({"weights": "timm"}, "weights timm"),
         ({"arch": "timm/resnet18", "emb_pool": "stages"}, "emb_pool"),
+        ({"arch": "timm/resnet18", "stage_loss_weight": 1}, "stage_loss_weight"),
         ({"arch": "resnet99"}, "or timm/NAME"),
     ):
         with pytest.raises(UsageError, match=words):

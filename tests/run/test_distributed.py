@@ -59,7 +59,11 @@ def assert_equal_to_rounding(one, other):
 
 @pytest.mark.parametrize(
     "more",
-    ["--uniformity_loss vonmises", "--uniformity_loss contrastive --temperature 0.1", "--bags 2"],
+    [
+        "--uniformity_loss vonmises",
+        "--uniformity_loss contrastive --temperature 0.1 --stage_loss_weight 2",
+        "--bags 2",
+    ],
 )
 def test_loss_and_gradient_of_two_processes_are_those_of_one(more, tmp_path):
     options = f"{SMALL} {more}"
@@ -178,9 +182,10 @@ def test_two_processes_killed_anywhere_and_resumed_end_with_the_same_bits(tiny, 
 
 
 def test_in_chunks_loss_and_gradient_are_those_of_the_whole_batch(tmp_path):
-    whole = by_this_process(SMALL, tmp_path)
+    options = f"{SMALL} --stage_loss_weight 2"
+    whole = by_this_process(options, tmp_path)
     for max_patches in (3, 63):
-        chunks = by_this_process(f"{SMALL} --max_patches {max_patches}", tmp_path)
+        chunks = by_this_process(f"{options} --max_patches {max_patches}", tmp_path)
         assert_equal_to_rounding(whole, chunks)
-    chunks = train_steps.by_processes(2, f"{SMALL} --max_patches 20")
+    chunks = train_steps.by_processes(2, f"{options} --max_patches 20")
     assert_equal_to_rounding(whole, chunks)

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import RUN, contents, refused, resume, run, trained_with
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,6 +36,12 @@ def plain_optimizer(hp, encoder):
     return LARS(encoder.parameters(), 1, eta=0.005, clip=True, **shared)
 
 
+def weighted(hp, z):
+    """Return the sum of the two losses of embeddings (P, B, d), by their weights."""
+    invariance, uniformity = plain_losses(hp, z)
+    return hp.invariance_loss_weight * invariance + hp.uniformity_loss_weight * uniformity
+
+
 def plain_losses(hp, z):
     """Return the two losses of embeddings (P, B, d)."""
     if hp.bags == 2:  # patches 0 and 1 of an image as those of two images, and so on
@@ -46,6 +53,20 @@ def plain_losses(hp, z):
     if hp.uniformity_loss == "contrastive":
         return invariance, loss.contrastive_loss(z, hp.temperature)
     return invariance, loss.tcr_loss(z, hp.tcr_eps)
+
+
+def plain_projections(hp, encoder, x):
+    """Return z of each stage with a projection, the last one last, of patches (P, B, 3, S, S)."""
+    net = encoder.backbone
+    if not hp.stage_loss_weight:
+        z = [encoder(x.flatten(0, 1))[1]]
+    else:
+        first = net.layer1(net.relu(net.bn1(net.conv1(x.flatten(0, 1)))))
+        last = net.layer2(first).mean((2, 3))
+        (head,) = encoder.stage_heads
+        outputs = head(first.mean((2, 3))), encoder.projection(encoder.features(last))
+        z = [F.normalize(output, dim=-1) for output in outputs]
+    return [stage.view(*x.shape[:2], -1) for stage in z]  # (P, B, d) each
 
 
 def plain_loop(hp):
@@ -64,10 +85,12 @@ def plain_loop(hp):
         images = pixels[order[4 * step : 4 * step + 4]]
         rng = generator(hp.seed, "patches", epoch, step)
         x = sample_patches(images, hp.n_patches, rng, hp.input_size or 16)
-        z = encoder(x.flatten(0, 1))[1].view(hp.n_patches, 4, 4)  # (P, B, d)
-        invariance, uniformity = plain_losses(hp, z)
+        *earlier, last = plain_projections(hp, encoder, x)
+        total = weighted(hp, last)
+        for z in earlier:
+            total = total + hp.stage_loss_weight * weighted(hp, z)
         optimizer.zero_grad()
-        (hp.invariance_loss_weight * invariance + hp.uniformity_loss_weight * uniformity).backward()
+        total.backward()
         optimizer.step()
     return encoder.state_dict()
 
@@ -81,6 +104,7 @@ def plain_loop(hp):
         "--uniformity_loss contrastive --temperature 0.5 --invariance_loss_weight 10",
         "--tcr_eps 0.5 --invariance_loss_weight 3 --weight_decay 0.5 --n_patches 3 --seed 7",
         "--n_patches 4 --bags 2 --input_size 8 --n_epochs 1.5",
+        "--stage_loss_weight 0.3",
         "--schedule constant",
     ],
 )
