@@ -43,7 +43,7 @@ class StepMemory(NamedTuple):
     per_patch: float
     weights: int
     kernels: float
-    pairs: int  # of patches of the whole batch, in the contrastive loss
+    pairs: int  # of patches of the whole batch, in the contrastive losses of all stages
 
     def of(self, n_patches):
         """Return the bytes of a step with so many patches in the network at once."""
@@ -57,11 +57,12 @@ def step_memory(encoder, hp, machine):
     sampling = SAMPLING * 4 * 3 * size**2  # float32
     n_weights = sum(p.numel() for p in encoder.parameters())
     device = machine.device.type
+    pairs = (len(encoder.stage_heads) + 1) * (hp.n_patches * hp.bs) ** 2
     return StepMemory(
         per_patch=max(BACKWARD[device] * saved, sampling),
         weights=4 * 4 * n_weights,  # float32: weights, gradients, momenta; copies in bf16
         kernels=KERNELS.get(device, 0),
-        pairs=PAIR_BYTES * (hp.n_patches * hp.bs) ** 2 * (hp.uniformity_loss == "contrastive"),
+        pairs=PAIR_BYTES * pairs * (hp.uniformity_loss == "contrastive"),
     )
 
 
