@@ -95,35 +95,23 @@ def load_cifar(root, train, name):
 def load_folder(root, train, image_size=32, labels=None):
     """Return the images below `root` as an ImageSet, None for a test split that is not there.
 
-    They are train/<class>/* and test/<class>/*, or any tree of images without labels. Without
-    train/, all images below root are the training split. Without test/, val/ is the test split.
-    The class folders are the classes, unless `labels` is given (see folders.read_labels). There
-    are no labels if there are fewer than two class folders, or images beside them. Files that
-    can't be read are left out, with a warning.
+    They are train/<class>/* and test/<class>/*, or any tree of images without labels; see
+    folders.find_splits. `labels`: a CSV file that has the labels. Files that can't be read are left
+    out, with a warning.
     """
-    train_root, test_root = folders.split_folders(root)
-    folder = train_root if train else test_root
-    if folder is None:
+    splits = folders.find_splits(root, labels)
+    if train and labels:
+        folders.warn_of_unused_rows(labels, root, splits.unused_rows)
+    split = splits.train if train else splits.test
+    if split is None:
         return None
-    paths = folders.find_images(folder)
-    if labels:
-        names, class_names = folders.labels_from_file(labels, paths, root)
-    else:
-        names = {path: path.relative_to(folder).parts[0] for path in paths}
-        train_paths = paths if train else folders.find_images(train_root)
-        class_names = [] if train_root == root else folders.class_folders(train_paths, train_root)
-    unknown = sorted(set(names.values()) - set(class_names))
-    if class_names and unknown:
-        raise UsageError(
-            f"{folder / unknown[0]} is not one of the {len(class_names)} class folders of "
-            f"{train_root}"
-        )
-    images, readable = read_images(paths, folder, image_size)
-    source = {"paths": [str(paths[i].relative_to(root)) for i in readable.tolist()]}
-    if not class_names:
+    images, readable = read_images(split.images, split.folder, image_size)
+    source = {"paths": [str(split.images[i].relative_to(root)) for i in readable.tolist()]}
+    if not splits.class_names:
         return ImageSet(images, None, [], source)
-    labels = torch.tensor([class_names.index(names[path]) for path in paths])
-    return ImageSet(images, labels[readable], class_names, source)
+    index = {name: i for i, name in enumerate(splits.class_names)}
+    labels = torch.tensor([index[name] for name in split.names])
+    return ImageSet(images, labels[readable], splits.class_names, source)
 
 
 # name: function of (root, train) that returns an ImageSet
@@ -241,22 +229,42 @@ def load_splits(hp, stand_in=True):
     load = partial(load_images, hp.dataset, hp.data_dir)
     train = load(True, hp.image_size, hp.labels)
     test = load(False, hp.image_size, hp.labels)
-    is_val = is_folder and test is not None and not Path(hp.data_dir, "test").is_dir()
+    check_classes(train)
+    is_val = is_folder and test is not None and Path(test.source["paths"][0]).parts[0] == "val"
     if is_val and not stand_in:
         test = None
     elif is_val:
-        log.info("* No test/ folder: val/ is the test split")
+        missing = "" if Path(hp.data_dir, "test").is_dir() else "No test/ folder: "
+        log.info(f"* {missing}val/ is the test split")
     elif stand_in and test is None and train.labels is not None:
         train, test = hold_out(train, generator(hp.seed, "held-out test"))
     n = len(train.images)
     if hp.n_images and hp.n_images > n:
         raise UsageError(f"n_images {hp.n_images} is more than the {n} training images")
+    if hp.n_images and hp.n_images < len(train.class_names):
+        raise UsageError(
+            f"n_images {hp.n_images} is fewer than the {len(train.class_names)} classes, so some "
+            f"would have no training image: raise it"
+        )
     if hp.n_images:
         train = sample(train, hp.n_images, hp.seed, "subset")
         n = hp.n_images
     if hp.n_epochs > 0 and n < hp.bs:
         raise UsageError(f"bs {hp.bs} is more than the {n} training images: lower bs")
     return train, test
+
+
+def check_classes(train):
+    """Raise UsageError if a class has no training image: none of its files can be read."""
+    if train.labels is None:
+        return
+    n_images = train.labels.bincount(minlength=len(train.class_names)).tolist()
+    for name, n in zip(train.class_names, n_images, strict=True):
+        if n == 0:
+            raise UsageError(
+                f"the class {name!r} has no training image that can be read: repair one, or remove "
+                f"the class from the training and test images"
+            )
 
 
 def hold_out(image_set, generator):
@@ -274,8 +282,8 @@ def hold_out(image_set, generator):
     if not is_held.any():
         return image_set, None
     log.info(
-        f"* No test/ folder: a tenth of the images of each class, at least one, is held out for "
-        f"the linear probe: {int(is_held.sum())} of {len(labels)}"
+        f"* No test images with labels: a tenth of the images of each class, at least one, is held "
+        f"out for the linear probe: {int(is_held.sum())} of {len(labels)}"
     )
     rest = select(image_set, (~is_held).nonzero().flatten())
     return rest, select(image_set, is_held.nonzero().flatten())

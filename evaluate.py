@@ -20,6 +20,7 @@ from infra.errors import RunError
 PROBE_LR = 0.0075  # where there are too few images to choose one of LRS
 LRS = (0.00075, 0.0025, PROBE_LR, 0.025, 0.075, 0.25)
 MOST_CLASSES = 200  # for a confusion matrix in the result; of 1,000 it has a million numbers
+N_COLLAPSE = 1000  # training images, at most, in which signs of collapse are looked for
 FEW_DIMENSIONS = 5  # effective rank; trained encoders have 50 to 300 of 256 to 1,024 dimensions
 NO_SPREAD = -0.005  # uniformity; of a collapsed projection it is -0.00, trained ones have -0.7
 
@@ -359,9 +360,9 @@ def collapse_warning(metrics):
 
 
 def measure_collapse(run, encoder, image_set):
-    """Return collapse_metrics of up to 1,000 images, always the same ones, by four views each."""
+    """Return collapse_metrics of up to N_COLLAPSE images, always the same, by four views each."""
     hp = run.hp
-    images = sample(image_set, 1000, hp.seed, "collapse").images
+    images = sample(image_set, N_COLLAPSE, hp.seed, "collapse").images
     output = Output(hp.emb_pool, save_proj=True, bf16=run.bf16)
     encoded = encode_few(run, encoder, images, 4, "collapse", output)
     return collapse_metrics(encoded["embeddings"], encoded["projections"])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from hparams import FIXED, from_dict, read_hparams, to_yaml, yaml_value
+from images import folders
 from infra import files
 from infra.console import log
 from infra.device import arithmetic, configure, pick_device, pick_precision
@@ -244,6 +245,13 @@ class Run:
         recorded = launches[-1].get("labels_checksum") if launches else None
         return labels_checksum(self.hp) not in ("", recorded)
 
+    def images_changed(self):
+        """Whether names or sizes of the images are others than when a stage last read them."""
+        launches = [run for run in self.read_launches() if run.get("stages") not in ([], ["probe"])]
+        before = launches[-1].get("listing") if launches else None
+        now = self.journal.launch["listing"]
+        return bool(before and now) and before != now
+
     def key(self, name):
         """Return what the result of a stage depends on: weights, images, settings, the split.
 
@@ -313,6 +321,12 @@ def load_if_key(path, key, warn=False):
 def labels_checksum(hp):
     """Return the checksum of the labels file, "" if there is none."""
     return files.file_checksum(hp.labels) if hp.labels else ""
+
+
+def listing_checksum(hp):
+    """Return the checksum of the listing of a folder of images, "" for another data set."""
+    is_folder = hp.dataset == "folder"
+    return folders.listing_checksum(Path(hp.data_dir), hp.labels) if is_folder else ""
 
 
 def load_checkpoint(path):

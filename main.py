@@ -18,8 +18,15 @@ import torch
 import cli
 from data import Images, why_no_probe
 from encode import check_views, encode_split
-from evaluate import METRICS, collapse_text, collapse_warning, fit_probe, measure_collapse
-from experiment import Machine, Run, labels_checksum
+from evaluate import (
+    METRICS,
+    N_COLLAPSE,
+    collapse_text,
+    collapse_warning,
+    fit_probe,
+    measure_collapse,
+)
+from experiment import Machine, Run, labels_checksum, listing_checksum
 from forecast import automatic_max_patches, check_memory, dry_run, within_budget
 from hparams import from_dict
 from infra import distributed
@@ -127,6 +134,7 @@ def run_experiment(hp, exp_dir, argv, start_over=False, rewrite=True):
         **git_commit(),
         **environment(machine.device, machine.precision),
         "labels_checksum": labels_checksum(hp),
+        "listing": listing_checksum(hp),
     }
     with Run(exp_dir).opened(hp, machine, launch, start_over) as run:
         images = Images(hp, run.fingerprints)  # read when first used
@@ -150,10 +158,17 @@ def run_experiment(hp, exp_dir, argv, start_over=False, rewrite=True):
 def check_before_writing(run, encoder, images):
     """Check the views; where training needs them, read the images and check the memory.
 
-    An error here changes nothing in the run folder.
+    Of a trained run, whose images have not moved, only compare their listing. An error here changes
+    nothing in the run folder.
     """
     check_views(run.hp, encoder)
     if run.is_trained() and not run.images_moved():
+        if run.images_changed():
+            log.warning(
+                f"the images in {run.hp.data_dir} have changed since this run read them, and its "
+                f"results are of the images of that time: for those of today train under a new "
+                f"--exp_name, or start over with --no-resume"
+            )
         return
     pixels = images["train"].images
     if not run.is_trained() and run.hp.n_epochs > 0:
@@ -196,7 +211,7 @@ def probe_and_report(run, encoded):
     else:
         log_accuracies(result)
     if collapse:
-        log_collapse(collapse)
+        log_collapse(collapse, len(encoded["train"]["embeddings"]))
     stages = "  ".join(f"{stage} {taken:.1f}" for stage, taken in seconds.items())
     log.info(f"seconds          {stages}")
     log.info(f"memory           {state['peak_memory'] / 1e9:.2f} GB at most while training")
@@ -228,9 +243,10 @@ def log_accuracies(result):
         log.info(f"{title:16} top-1 {result[name]:.2f}%")
 
 
-def log_collapse(metrics):
-    """Print the signs of collapse, and what to do if there is one."""
-    log.info(f"collapse         {collapse_text(metrics)}  of 1,000 training images")
+def log_collapse(metrics, n_train):
+    """Print the signs of collapse of n_train images, and what to do if there is one."""
+    n = min(n_train, N_COLLAPSE)
+    log.info(f"collapse         {collapse_text(metrics)}  of {n:,} training images")
     warning = collapse_warning(metrics)
     if warning:
         log.info(f"                 {warning}")

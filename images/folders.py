@@ -2,60 +2,307 @@
 
 import collections
 import csv
+import functools
+import hashlib
 import os
+import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
+from images.cache import size_and_time
 from infra.console import log
 from infra.errors import UsageError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+RUN_FOLDER = {"hparams.yaml", "checkpoints"}  # the folder of an experiment.Run holds both
 
 
-def split_folders(root):
-    """Return the folders of the training and the test images.
+class Files(NamedTuple):
+    """What a folder and all folders below it hold."""
 
-    They are train/ and test/, or val/ if there is no test/, or None if there is neither. Without
-    train/ they are root and None. Raises UsageError if root is not a folder.
+    images: list  # sorted paths
+    others: list  # sorted paths of files that are not read as images
+    # How much is in neither list. hidden: images and folders whose names start with a dot. runs:
+    # run folders. links: links to a folder that is read elsewhere, or that holds the link.
+    left_out: collections.Counter
+
+
+class Split(NamedTuple):
+    """The training or the test images of a folder."""
+
+    folder: Path
+    files: Files
+    names: list  # of the classes of the images, [] without labels
+
+    @property
+    def images(self):
+        return self.files.images
+
+
+class Splits(NamedTuple):
+    """How a folder of images is understood."""
+
+    train: Split
+    test: Split | None
+    class_names: list  # sorted; [] without labels
+    unlabelled: list  # test/ and val/ that are no test split, because only train/ has labels
+    unused_rows: list  # the Rows of a labels file that name no image of the two splits
+
+
+class Row(NamedTuple):
+    """A line of a labels file."""
+
+    number: int
+    path: str
+    label: str
+
+
+def find_splits(root, labels=None):
+    """Return the Splits of a folder.
+
+    The training images are in train/. The test images are in test/ or else in val/; if train/ has
+    labels, in the first of these that has some. Without train/, all images below root are training
+    images. labels: a CSV file, see read_labels. Without it the labels are the names of the folders
+    in train/, if there are two or more. Raises UsageError if images are missing, or the labels of
+    some images.
     """
     if not root.is_dir():
         raise UsageError(f"data_dir {root} is not a folder")
     if not (root / "train").is_dir():
-        return root, None
-    for name in ("test", "val"):
-        if (root / name).is_dir():
-            return root / "train", root / name
-    return root / "train", None
+        train, test_folders = read_split(root), []
+    else:
+        train = read_split(root / "train")
+        test_folders = [root / name for name in ("test", "val") if (root / name).is_dir()]
+    if labels:
+        return splits_by_file(labels, root, train, test_folders)
+    class_names = find_classes(train) if train.folder != root else []
+    if class_names:
+        return splits_by_folder(class_names, train, test_folders)
+    test = read_split(test_folders[0]) if test_folders else None
+    return Splits(train, test, [], [], [])
+
+
+def read_split(folder):
+    """Return the Split of a folder, without labels. Raises UsageError if it has no images."""
+    files = find_files(folder)
+    if not files.images:
+        suffixes = " ".join(sorted(SUFFIXES))
+        raise UsageError(f"no images in {folder} (looked for {suffixes} in all its folders)")
+    return Split(folder, files, [])
+
+
+def splits_by_folder(class_names, train, test_folders):
+    """Return the Splits whose labels are the names of the folders in train/.
+
+    Raises UsageError if a test image is in a folder of another name.
+    """
+
+    def named(split):
+        names = [path.relative_to(split.folder).parts[0] for path in split.images]
+        return split._replace(names=names)
+
+    def has_labels(split):
+        folders, _ = class_folders(split)
+        return len(folders) > 1 or not set(folders).isdisjoint(class_names)
+
+    test, unlabelled = first_labelled(test_folders, named, has_labels)
+    unknown = sorted(set(test.names) - set(class_names)) if test else []
+    if unknown:
+        raise UsageError(
+            f"{test.folder / unknown[0]} is not one of the {len(class_names)} class folders of "
+            f"{train.folder}: rename it, or move it away"
+        )
+    return Splits(named(train), test, class_names, unlabelled, [])
+
+
+def first_labelled(folders, named, has_labels):
+    """Return (the first Split of these folders that has labels or None, the folders before it).
+
+    named: returns a Split with its names. has_labels: whether they are labels.
+    """
+    unlabelled = []
+    for folder in folders:
+        split = named(read_split(folder))
+        if has_labels(split):
+            return split, unlabelled
+        unlabelled.append(folder)
+    return None, unlabelled
+
+
+def splits_by_file(file, root, train, test_folders):
+    """Return the Splits whose labels are those of a CSV file.
+
+    Raises UsageError if an image has no label, a file has a label that no training image has, or
+    there is one label.
+    """
+    rows = read_labels(file, root)
+    labels = {place: row.label for place, row in rows.items()}
+
+    def named(split):
+        return split._replace(names=[labels.get(place) for place in locations(split.images)])
+
+    def has_labels(split):
+        return any(split.names)
+
+    train = named(train)
+    if not has_labels(train):
+        first = f"the first is that of {next(iter(rows.values())).path}" if rows else "it has none"
+        raise UsageError(
+            f"labels {file}: no line is that of an image in {train.folder}: {first}, the first "
+            f"image is {train.images[0].relative_to(root)}; paths are relative to {root}"
+        )
+    test, unlabelled = first_labelled(test_folders, named, has_labels)
+    images = train.images + (test.images if test else [])
+    names = train.names + (test.names if test else [])
+    missing = [path for path, name in zip(images, names, strict=True) if name is None]
+    if missing:
+        raise UsageError(f"labels {file}: {missing[0]} and {len(missing) - 1} more have no label")
+    class_names = sorted(set(train.names))
+    used = set(locations(images))
+    known = set(class_names)
+    for place, row in rows.items():
+        if row.label not in known and (place in used or (root / row.path).is_file()):
+            raise UsageError(
+                f"labels {file}: row {row.number} gives {row.path} the label {row.label!r}, which "
+                f"no training image has (those are in {train.folder}): add some, or remove the row "
+                f"and its image"
+            )
+    if len(class_names) < 2:
+        raise UsageError(f"labels {file}: there are fewer than two labels")
+    unused = [row for place, row in rows.items() if place not in used]
+    return Splits(train, test, class_names, unlabelled, unused)
+
+
+def read_labels(file, root):
+    """Return {location: Row} of a CSV file with a line path,label for each image.
+
+    The paths are relative to root, or absolute. Backslashes separate folders where no file has them
+    in its name. A first line whose path is not that of an image is a header and skipped. Raises
+    UsageError if the file can't be read, a line does not have a path and a label, or two lines
+    contradict each other.
+    """
+    rows = {}
+    parsed = parse_labels(file, root)
+    for place, row in zip(locations(root / row.path for row in parsed), parsed, strict=True):
+        earlier = rows.setdefault(place, row)
+        if earlier.label != row.label:
+            raise UsageError(
+                f"labels {file}: row {row.number} gives {row.path} the label {row.label!r}, an "
+                f"earlier one {earlier.label!r}"
+            )
+    return rows
+
+
+def parse_labels(file, root):
+    """Return the Rows of a CSV file, see read_labels."""
+    try:
+        # -sig: spreadsheets put a byte-order mark at the start.
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            rows = [(number, row) for number, row in enumerate(csv.reader(lines), 1) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"labels {file} can't be read: {error}") from None
+    parsed = []
+    for number, row in rows:
+        if len(row) != 2:
+            raise UsageError(f"labels {file}: row {number} has {len(row)} columns, not path,label")
+        path, label = (text.strip() for text in row)
+        if number == 1 and Path(path).suffix.lower() not in SUFFIXES:
+            continue
+        if not path or not label:
+            raise UsageError(
+                f"labels {file}: row {number} ({path},{label}) needs both a path and a label: "
+                f"complete or remove it"
+            )
+        if "\\" in path and not os.path.lexists(root / path):
+            path = path.replace("\\", "/")
+        parsed.append(Row(number, path, label))
+    return parsed
+
+
+def locations(paths):
+    """Return where the files are, in a form that is the same for each way to write a path.
+
+    Links to folders are resolved, and letters with accents are composed (Unicode NFC).
+    """
+    resolve = functools.cache(os.path.realpath)  # the folders are few
+    places = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        places.append(unicodedata.normalize("NFC", os.path.join(resolve(folder), name)))
+    return places
+
+
+def listing_checksum(root, labels=None):
+    """Return a checksum of the names and sizes of the images that a run on this folder reads.
+
+    Not of their times: those of a copy are new. "" if root or the labels file is gone, "refused" if
+    the folder is not understood.
+    """
+    if not root.is_dir() or (labels and not os.path.isfile(labels)):
+        return ""
+    try:
+        splits = find_splits(root, labels)
+    except UsageError:
+        return "refused"
+    digest = hashlib.sha256()
+    for split in (splits.train, splits.test):
+        for path in split.images if split else ():
+            size, _ = size_and_time(path)
+            digest.update(os.fsencode(f"{path.relative_to(root)} {size}\n"))
+    return digest.hexdigest()[:16]
 
 
 def find_files(folder):
-    """Return (images, others, n_hidden) of a folder and all folders below it.
+    """Return the Files of a folder.
 
-    images, others: the sorted paths of the images and of the other files. n_hidden: the number of
-    hidden images and folders, whose names start with a dot. Hidden files, folders and Thumbs.db
-    belong to a system or a program, not to the data: they are in neither list. Links to folders are
-    not followed. Raises UsageError if one of the folders can't be read.
+    Hidden files, folders and Thumbs.db belong to a system or a program, not to the data, and so do
+    run folders: they are in neither list. Each real folder is read once, by its own path before
+    that of a link. Raises UsageError if one of the folders can't be read.
+    """
+    images = []
+    others = []
+    left_out = collections.Counter()
+    for directory, names in walk(folder, left_out):
+        for name in names:
+            path = Path(directory, name)
+            is_image = path.suffix.lower() in SUFFIXES
+            if name.startswith("."):
+                left_out["hidden"] += is_image
+            elif is_image:
+                images.append(path)
+            elif name.lower() != "thumbs.db":
+                others.append(path)
+    return Files(sorted(images), sorted(others), left_out)
+
+
+def walk(folder, left_out):
+    """Yield (path, names of its files) of the folder and all folders below it, each once.
+
+    left_out: a Counter, to which is added what is not entered, see Files.
     """
 
     def fail(error):
         raise UsageError(f"{error.filename} can't be read: {error.strerror}")
 
-    images = []
-    others = []
-    n_hidden = 0
-    for directory, folders, names in os.walk(folder, onerror=fail):
-        shown = [name for name in folders if not name.startswith(".")]
-        n_hidden += len(folders) - len(shown)
-        folders[:] = shown  # os.walk enters these alone
-        for name in names:
-            path = Path(directory, name)
-            is_image = path.suffix.lower() in SUFFIXES
-            if name.startswith("."):
-                n_hidden += is_image
-            elif is_image:
-                images.append(path)
-            elif name.lower() != "thumbs.db":
-                others.append(path)
-    return sorted(images), sorted(others), n_hidden
+    entered = {str(path) for path in Path(os.path.realpath(folder)).parents}
+    links = [folder]
+    for link in links:  # which grows: links wait until the real folders around them are read
+        left_out["links"] += os.path.realpath(link) in entered
+        for directory, folders, names in os.walk(link, onerror=fail):
+            real = os.path.realpath(directory)
+            is_run = RUN_FOLDER <= {*folders, *names}
+            left_out["runs"] += is_run and real not in entered
+            if is_run or real in entered:
+                folders.clear()
+                entered.add(real)
+                continue
+            entered.add(real)
+            shown = sorted(name for name in folders if not name.startswith("."))
+            left_out["hidden"] += len(folders) - len(shown)
+            folders[:] = shown  # os.walk enters these alone, but for links
+            paths = (os.path.join(directory, name) for name in shown)
+            links += [path for path in paths if os.path.islink(path)]
+            yield directory, names
 
 
 def find_images(folder):
@@ -63,45 +310,67 @@ def find_images(folder):
 
     Raises UsageError if there are none.
     """
-    images, _, _ = find_files(folder)
-    if not images:
-        suffixes = " ".join(sorted(SUFFIXES))
-        raise UsageError(f"no images in {folder} (looked for {suffixes} in all its folders)")
-    return images
+    return read_split(folder).images
 
 
 def log_folder(root, labels=None):
     """Print how the folder of a run is understood and what of it is left out.
 
-    labels: the CSV file, if one is given.
+    labels: the CSV file, if one is given. Raises the errors of find_splits.
     """
-    train_root, test_root = split_folders(root)
-    images = log_left_out(root, labels)
-    if images and train_root == root:
-        log_tree(root, images, labels)
+    files = find_files(root)
+    log_others(files, labels)
+    splits = find_splits(root, labels)
+    used = [split for split in (splits.train, splits.test) if split]
+    log_links(sum(split.files.left_out["links"] for split in used))
+    if splits.train.folder == root:
+        log_tree(splits.train, labels)
         return
-    used = [folder for folder in (train_root, test_root) if folder]
-    n_beside = sum(not any(path.is_relative_to(folder) for folder in used) for path in images)
+    if splits.class_names and not labels:
+        log_empty_folders(splits.train.folder, splits.class_names)
+    for folder in splits.unlabelled:
+        log.info(f"* {folder.name}/ has no labels, so it gives no accuracy: embed encodes it")
+    read = set(locations(path for split in used for path in split.images))
+    unlabelled = tuple(f"{path}{os.sep}" for path in splits.unlabelled)
+    beside = [path for path in files.images if not str(path).startswith(unlabelled)]
+    n_beside = sum(place not in read for place in locations(beside))
     if n_beside:
-        names = " or ".join(f"{folder.name}/" for folder in used)
+        names = " or ".join(f"{split.folder.name}/" for split in used)
         log.info(f"* {count(n_beside, 'image')} left out: not in {names}")
 
 
-def log_tree(root, images, labels):
+def log_tree(split, labels):
     """Print how many images there are in a folder without train/."""
     kind = "training image" if labels else "unlabelled image"
     remedy = ""
-    if not labels and find_classes(images, root):
+    class_names, beside = class_folders(split)
+    if not labels and len(class_names) > 1 and not beside:
         remedy = "; put class folders into train/ to use them as labels"
-    log.info(f"* No train/ folder: {count(len(images), kind)}{remedy}")
+    log.info(f"* No train/ folder: {count(len(split.images), kind)}{remedy}")
 
 
-def log_left_out(folder, labels=None):
-    """Print how many files below the folder are not read as images, and return the paths of images.
+def log_empty_folders(folder, class_names):
+    """Print the names of the folders in train/ that are no classes, because no image is read."""
+    names = {path.name for path in folder.iterdir() if path.is_dir()}
+    empty = sorted(name for name in names - set(class_names) if not name.startswith("."))
+    if empty:
+        names = ", ".join(map(printable, empty[:5]))
+        log.info(f"* {count(len(empty), 'folder')} in train/ without images, so no class: {names}")
+
+
+def log_left_out(folder):
+    """Print how much below the folder is not read as images."""
+    files = find_files(folder)
+    log_others(files)
+    log_links(files.left_out["links"])
+
+
+def log_others(files, labels=None):
+    """Print how many of the Files of a folder are no images, hidden, or of runs.
 
     labels: a CSV file, which is not counted.
     """
-    images, others, n_hidden = find_files(folder)
+    others = files.others
     if labels:
         labels = Path(labels)
         others = [p for p in others if p.name != labels.name or p.resolve() != labels.resolve()]
@@ -113,12 +382,32 @@ def log_left_out(folder, labels=None):
         kinds.append(f"and {len(suffixes) - len(kinds)} other suffixes")
     if others:
         log.info(f"* {count(len(others), 'file')} left out: {', '.join(kinds)}")
+    n_hidden = files.left_out["hidden"]
     if n_hidden:
         log.info(
             f"* {count(n_hidden, 'hidden name')} left out: images or folders whose names start "
             f"with a dot"
         )
-    return images
+    n_runs = files.left_out["runs"]
+    if n_runs:
+        log.info(f"* {count(n_runs, 'run folder')} left out: hparams.yaml beside checkpoints/")
+
+
+def log_links(n):
+    """Print how many links to folders are left out."""
+    if n:
+        log.info(f"* {count(n, 'link')} left out: to a folder that is read already, or around it")
+
+
+def warn_of_unused_rows(file, root, rows):
+    """Warn of the Rows of a labels file that name no image of the splits."""
+    for is_there, where in ((False, f"not in {root}"), (True, "in neither split")):
+        some = [row for row in rows if (root / row.path).is_file() == is_there]
+        if some:
+            log.warning(
+                f"labels {file}: left out {len(some)} lines of images that are {where}, such as "
+                f"{some[0].path}"
+            )
 
 
 def count(n, noun):
@@ -131,23 +420,37 @@ def printable(name):
     return name if name.isprintable() else ascii(name)
 
 
-def find_classes(images, folder):
-    """Return the sorted names of the folders that hold the images.
+def class_folders(split):
+    """Return the sorted names of the folders that hold images, and the images beside them."""
+    names = set()
+    beside = []
+    for path in split.images:
+        name, *rest = path.relative_to(split.folder).parts
+        if rest:
+            names.add(name)
+        else:
+            beside.append(path)
+    return sorted(names), beside
 
-    [] if they are fewer than two or images lie beside them. images: paths below the folder.
+
+def find_classes(train):
+    """Return the names of the class folders in train/, [] if they are fewer than two.
+
+    Raises UsageError if images lie beside them, or a name is not UTF-8.
     """
-    names = {path.relative_to(folder).parts[0] for path in images}
-    are_folders = all((folder / name).is_dir() for name in names)
-    return sorted(names) if len(names) > 1 and are_folders else []
-
-
-def class_folders(images, folder):
-    """Return find_classes(images, folder). Raises UsageError if a name is not UTF-8."""
-    class_names = find_classes(images, folder)
+    class_names, beside = class_folders(train)
+    if len(class_names) < 2:
+        return []
+    if beside:
+        raise UsageError(
+            f"{count(len(beside), 'image')} beside the {len(class_names)} class folders of "
+            f"{train.folder}, such as {beside[0]}: move each into a class folder, or train without "
+            f"labels by --data_dir {train.folder}"
+        )
     for name in class_names:
         if not is_utf8(name):
             raise UsageError(
-                f"the name of the class folder {folder / name} is not UTF-8: rename it"
+                f"the name of the class folder {train.folder / name} is not UTF-8: rename it"
             )
     return class_names
 
@@ -155,55 +458,3 @@ def class_folders(images, folder):
 def is_utf8(name):
     """Whether a name of a file is UTF-8; Python keeps the bytes of others as surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def read_labels(file):
-    """Return {path: label} of a CSV file with a line path,label for each image.
-
-    The paths are relative to data_dir. A first line whose path is not that of an image is a header
-    and skipped. Raises UsageError if the file can't be read, a line does not have two columns, or
-    two lines contradict each other.
-    """
-    try:
-        # -sig: spreadsheets put a byte-order mark at the start.
-        with open(file, newline="", encoding="utf-8-sig") as lines:
-            rows = [row for row in csv.reader(lines) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"labels {file} can't be read: {error}") from None
-    labels = {}
-    for number, row in enumerate(rows, 1):
-        if len(row) != 2:
-            raise UsageError(f"labels {file}: row {number} has {len(row)} columns, not path,label")
-        path = os.path.normpath(row[0])
-        label = row[1]
-        if number == 1 and Path(path).suffix.lower() not in SUFFIXES:
-            continue
-        if labels.setdefault(path, label) != label:
-            raise UsageError(
-                f"labels {file}: row {number} gives {path} the label {label!r}, an earlier one "
-                f"{labels[path]!r}"
-            )
-    return labels
-
-
-def labels_from_file(file, paths, root):
-    """Return {path: class name} and the sorted class names.
-
-    Lines of images that do not exist are left out, with a warning. Raises UsageError if a path has
-    no label or there is one class.
-    """
-    labels = read_labels(file)
-    names = {path: labels.get(str(path.relative_to(root))) for path in paths}
-    missing = [path for path in paths if names[path] is None]
-    if missing:
-        raise UsageError(f"labels {file}: {missing[0]} and {len(missing) - 1} more have no label")
-    surplus = [path for path in labels if not (root / path).is_file()]
-    if surplus:
-        log.warning(
-            f"labels {file}: left out {len(surplus)} lines of images that are not in {root}, such "
-            f"as {surplus[0]}"
-        )
-    class_names = sorted({labels[path] for path in labels.keys() - surplus})
-    if len(class_names) < 2:
-        raise UsageError(f"labels {file}: there are fewer than two labels")
-    return names, class_names

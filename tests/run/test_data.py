@@ -28,6 +28,7 @@ import main
 from experiment import n_steps_in
 from hparams import Hparams
 from images import cache as image_cache
+from images.folders import find_images
 from infra.device import generator
 from infra.errors import RunError, UsageError
 from train import train_step, warn_of_few_steps
@@ -165,7 +166,8 @@ def test_images_without_class_folders_have_no_labels(tmp_path):
     write_many(tmp_path / "heap" / "x", 6)
     write_grey(tmp_path / "heap" / "7.png", 7)
     write_many(tmp_path / "folders", 7)
-    write_many(tmp_path / "beside" / "train", 6)
+    for i in range(6):
+        write_grey(tmp_path / "beside" / "train" / "a" / f"{i}.png", i)
     write_grey(tmp_path / "beside" / "train" / "7.png", 7)
     for split, n in [("train", 7), ("test", 2)]:
         for i in range(n):
@@ -354,6 +356,91 @@ def test_a_link_to_the_parent_folder_is_not_followed(tmp_path):
     write_many(tmp_path / "train", 4)
     (tmp_path / "train" / "a" / "up").symlink_to(tmp_path / "train", target_is_directory=True)
     assert load(tmp_path).labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_link_to_a_folder_is_followed_and_each_folder_read_once(tmp_path, capsys):
+    """As a class, within one, and as the folder of a split. A real folder comes before a link."""
+    root = tmp_path / "data"
+    for i, path in enumerate(("data/train/b", "pool/c", "pool/deep", "pool/test/b")):
+        write_grey(tmp_path / path / f"{i}.png", i)
+    pool = tmp_path / "pool"
+    links = {"train/c": "c", "train/b/deep": "deep", "test": "test", "train/a": "../data/train/b"}
+    links |= {"train/c/loop": "../data"}  # which holds train/ too
+    for link, target in links.items():
+        (root / link).symlink_to(pool / target, target_is_directory=True)
+    images = images_of(root)
+    out = capsys.readouterr().out
+    assert images["train"].source["paths"] == [
+        "train/b/0.png",
+        "train/b/deep/2.png",
+        "train/c/1.png",
+    ]
+    assert (images["train"].class_names, levels(images["train"])) == (["b", "c"], [0, 2, 1])
+    assert images["test"].source["paths"] == ["test/b/3.png"]
+    assert (
+        "* 2 links left out: " in out
+        and "* 1 folder in train/ without images, so no class: a" in out
+    )
+    assert "not in train/" not in out
+    (tmp_path / "labels.csv").write_text("train/a/0.png,x\ntrain/b/deep/2.png,y\ntrain/c/1.png,z\n")
+    assert load(root, True, 16, tmp_path / "labels.csv").labels.tolist() == [0, 1, 2]
+
+
+def test_what_lies_in_a_run_folder_is_no_data(finished, tmp_path, capsys):
+    """Neither its pictures nor an export, however deep; also of a run that is the folder itself."""
+    write_many(tmp_path, 4)
+    run_folder = shutil.copytree(finished, tmp_path / "a" / "logs" / RUN)
+    write_grey(run_folder / "export" / "x.png", 9)
+    assert (run_folder / "patches.png").exists()
+    assert levels(images_of(tmp_path)["train"]) == [0, 1, 2, 3]
+    assert "* 1 run folder left out: hparams.yaml beside checkpoints/\n" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="no images in"):
+        find_images(run_folder)
+
+
+@pytest.mark.parametrize("by", ["folders", "file"])
+def test_a_test_folder_without_labels_is_no_test_split(tmp_path, capsys, by):
+    """As competitions have it. Then val/ is the test split, if it has labels, or else a tenth."""
+    root = tmp_path / "data"
+    write_many(root / "train", 20)
+    labels = labels_file(tmp_path / "labels.csv", root) if by == "file" else None
+    for i in range(3):
+        write_grey(root / "test" / "all" / f"{i}.png", i)
+    images = images_of(root, labels=labels)
+    out = capsys.readouterr().out
+    assert "* test/ has no labels, so it gives no accuracy: embed encodes it\n" in out
+    assert "not in train/" not in out
+    assert (len(images["train"].images), len(images["test"].images)) == (18, 2)
+    write_many(root / "val", 4)
+    labels = labels and labels_file(tmp_path / "labels.csv", root)
+    if labels:
+        rows = [row for row in Path(labels).read_text().splitlines(True) if "test/" not in row]
+        Path(labels).write_text("".join(rows))
+    images = images_of(root, labels=labels)
+    assert "* val/ is the test split\n" in capsys.readouterr().out
+    assert images["test"].source["paths"] == sorted(
+        str(path.relative_to(root)) for path in root.glob("val/*/*")
+    )
+
+
+def test_an_image_beside_the_class_folders_is_refused(tmp_path):
+    """Its class can't be known. All of train/ without labels is a way out."""
+    write_many(tmp_path / "train", 4)
+    write_grey(tmp_path / "train" / "stray.png", 9)
+    with pytest.raises(UsageError, match=r"1 image beside the 2 class folders of .*/stray\.png"):
+        load(tmp_path)
+    assert load(tmp_path / "train").labels is None
+
+
+def test_a_class_without_a_training_image_is_refused(tmp_path):
+    write_many(tmp_path / "train", 202)
+    write_grey(tmp_path / "train" / "owl" / "0.png", 0)
+    write_grey(tmp_path / "test" / "owl" / "0.png", 0)
+    with pytest.raises(UsageError, match="n_images 2 is fewer than the 3 classes"):
+        images_of(tmp_path, n_images=2)
+    (tmp_path / "train" / "owl" / "0.png").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match="the class 'owl' has no training image that can be read"):
+        images_of(tmp_path)
 
 
 def test_what_can_not_be_loaded_is_named(tmp_path):
@@ -674,6 +761,47 @@ def test_a_labels_file_with_a_byte_order_mark_a_header_or_too_many_lines(
     assert (image_set.labels.tolist(), image_set.class_names) == ([0, 1], ["x", "y"])
     err = capsys.readouterr().err
     assert words in err and bool(err) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a.png,x\nb.png,\n", r"row 2 \(b\.png,\) needs both a path and a label"),
+        ("a.png,x\n\n , y\n", r"row 3 \(,y\) needs both"),
+        ("images/a.png,x\nimages/b.png,y\n", "first is that of images/a.png, .* image is a.png; "),
+        ("path,label\n", "no line is that of an image in .*: it has none"),
+    ],
+)
+def test_a_labels_file_that_does_not_fit_names_the_line(tmp_path, text, words):
+    with pytest.raises(UsageError, match=words):
+        labelled(tmp_path, text, "utf-8")
+
+
+def test_the_paths_of_a_labels_file_may_be_written_in_several_ways(tmp_path, capsys):
+    """Absolute, also through a link; by backslashes; with accents composed or not; with spaces."""
+    root = tmp_path / "data"
+    names = ["ete/0.png", "ete/1.png", "e\u0301te\u0301/2.png", "a/3.png", "a/b/4.png"]
+    for i, name in enumerate(names):
+        write_grey(root / name, i)
+    (tmp_path / "link").symlink_to(root)
+    paths = [tmp_path / "link" / names[0], root / names[1], "\u00e9t\u00e9/2.png ", " ./a/3.png"]
+    rows = [f"{path}, {i % 2} \n" for i, path in enumerate([*paths, r"a\b\4.png"])]
+    (tmp_path / "labels.csv").write_text("".join(rows))
+    image_set = load(root, True, 16, tmp_path / "labels.csv")
+    assert [level % 2 for level in levels(image_set)] == image_set.labels.tolist()
+    assert (sorted(levels(image_set)), image_set.class_names) == ([0, 1, 2, 3, 4], ["0", "1"])
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["test/owl", "plane"])
+def test_a_label_that_no_training_image_has_is_refused(tmp_path, folder):
+    """That of test images alone, and one of images beside train/, which may be a class folder."""
+    write_many(tmp_path / "train", 4)
+    write_grey(tmp_path / folder / "9.png", 9)
+    file = labels_file(tmp_path / "labels.csv", tmp_path)
+    name = Path(folder).name
+    with pytest.raises(UsageError, match=rf"row \d gives {folder}/9.png the label '{name}'"):
+        load(tmp_path, True, 16, file)
 
 
 def test_labels_that_contradict_each_other(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -245,6 +246,33 @@ def test_other_images_under_the_same_name_are_refused(copy, images, tmp_path):
     assert resume(copy).code == 0  # moved, but the same
     Image.new("RGB", (16, 16)).save(other / "train" / "down" / "0.png")
     assert refused(resume(copy), 2, "are not those that this run was trained on")
+
+
+def test_a_finished_run_says_that_its_images_have_changed(tiny, images, tmp_path):
+    """By their names and sizes, without reading them. Those of a copy are the same."""
+    data = shutil.copytree(images, tmp_path / "data", copy_function=shutil.copyfile)
+    command = [*tiny, "--data_dir", data, "--log_folder", tmp_path / "logs"]
+    first = run(*command)
+    assert (first.code, "of 24 training images" in first.out) == (0, True)
+    before = fingerprints(tmp_path / "logs")
+    image = data / "test" / "down" / "0.png"
+    os.utime(image, (0, 0))
+    (data / "notes.png").write_bytes(b"in neither split")
+    assert run(*command).err == ""
+    pixels = image.read_bytes()
+    for change in (
+        lambda: image.write_bytes(pixels + b"longer"),
+        lambda: image.rename(data / "test" / "across" / "renamed.png"),
+        lambda: shutil.copyfile(images / "test/down/1.png", data / "train/new.png"),
+    ):
+        change()
+        result = run(*command)
+        assert (result.code, result.err.count("\n"), "Loading" in result.out) == (0, 1, False)
+        assert f"the images in {data} have changed since this run read them" in result.err
+        assert "--exp_name" in result.err
+    assert fingerprints(tmp_path / "logs") == before
+    shutil.rmtree(data)
+    assert run(*command).err == ""
 
 
 def test_labels_that_were_edited_after_the_run_are_refused(tiny, images, tmp_path):

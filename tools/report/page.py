@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Images, sample
-from evaluate import METRICS, PROBE_LR, Fit, confusion_matrix, linear_probe, per_class
+from evaluate import METRICS, N_COLLAPSE, PROBE_LR, Fit, confusion_matrix, linear_probe, per_class
 from experiment import Run, load_if_key
 from hparams import SETTINGS, yaml_value
 from infra import files
@@ -46,7 +46,7 @@ METRIC_CURVES = {
     "top1": ("linear probe, %", "higher is better"),
 }
 # Entries of a launch that are of no interest to a reader.
-HIDDEN = ("hparams", "result", "metrics", "collapse", "checksum")
+HIDDEN = ("hparams", "result", "metrics", "collapse", "listing", "checksum")
 
 
 class RunResults(NamedTuple):
@@ -325,6 +325,7 @@ def embeddings_context(hp, results, image_sets):
         "split": split,
         "class_names": class_names,
         "collapse": encoded["train"].get("collapse"),
+        "n_collapse": f"{min(N_COLLAPSE, len(encoded['train']['embeddings'])):,}",
         **map_context(encoded[split], class_names, split),
     }
     if results.probe:
