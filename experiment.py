@@ -247,8 +247,13 @@ class Run:
 
     def images_changed(self):
         """Whether names or sizes of the images are others than when a stage last read them."""
-        launches = [run for run in self.read_launches() if run.get("stages") not in ([], ["probe"])]
-        before = launches[-1].get("listing") if launches else None
+        # A launch that only fits the probe, or finds all done, reads no images.
+        listings = [
+            launch.get("listing")
+            for launch in self.read_launches()
+            if launch.get("stages") not in ([], ["probe"])
+        ]
+        before = listings[-1] if listings else None
         now = self.journal.launch["listing"]
         return bool(before and now) and before != now
 

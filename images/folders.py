@@ -157,9 +157,8 @@ def splits_by_file(file, root, train, test_folders):
     missing = [path for path, name in zip(images, names, strict=True) if name is None]
     if missing:
         raise UsageError(f"labels {file}: {missing[0]} and {len(missing) - 1} more have no label")
-    class_names = sorted(set(train.names))
+    known = set(train.names)
     used = set(locations(images))
-    known = set(class_names)
     for place, row in rows.items():
         if row.label not in known and (place in used or (root / row.path).is_file()):
             raise UsageError(
@@ -167,10 +166,10 @@ def splits_by_file(file, root, train, test_folders):
                 f"no training image has (those are in {train.folder}): add some, or remove the row "
                 f"and its image"
             )
-    if len(class_names) < 2:
+    if len(known) < 2:
         raise UsageError(f"labels {file}: there are fewer than two labels")
     unused = [row for place, row in rows.items() if place not in used]
-    return Splits(train, test, class_names, unlabelled, unused)
+    return Splits(train, test, sorted(known), unlabelled, unused)
 
 
 def read_labels(file, root):
@@ -290,13 +289,13 @@ def walk(folder, left_out):
         left_out["links"] += os.path.realpath(link) in entered
         for directory, folders, names in os.walk(link, onerror=fail):
             real = os.path.realpath(directory)
-            is_run = RUN_FOLDER <= {*folders, *names}
-            left_out["runs"] += is_run and real not in entered
-            if is_run or real in entered:
-                folders.clear()
-                entered.add(real)
-                continue
+            is_new = real not in entered
             entered.add(real)
+            is_run = RUN_FOLDER <= {*folders, *names}
+            left_out["runs"] += is_new and is_run
+            if is_run or not is_new:
+                folders.clear()
+                continue
             shown = sorted(name for name in folders if not name.startswith("."))
             left_out["hidden"] += len(folders) - len(shown)
             folders[:] = shown  # os.walk enters these alone, but for links

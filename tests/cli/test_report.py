@@ -102,7 +102,7 @@ def test_a_finished_run(copy):
         assert words in alts(page)
     collapse = files.read_pt(copy / "artifacts" / "train.pt")["collapse"]
     text = f"Effective rank {collapse['rank']:.1f}, alignment {collapse['alignment']:.3f}"
-    assert text in page.text
+    assert text in page.text and "of 24 training images. A rank below 5" in page.text
     assert "always the largest class\n50.00%" in page.text
     assert "a linear layer on the pixels (16 x 16) of 24 training images" in page.text
     for text in (page.text, result.out):
