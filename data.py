@@ -1,20 +1,25 @@
 """Data sets as uint8 tensors: CIFAR-10 and CIFAR-100, folders of images, textures."""
 
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torchvision
 
 from images import cache, folders
-from images.cache import ImageFile
+from images.cache import Decoding, ImageFile
+from images.pixels import UnreadableImage, is_deep, opened
 from images.textures import make_textures
 from infra.console import log
 from infra.device import generator
 from infra.distributed import main_process_first
 from infra.errors import RunError, UsageError
 from infra.files import checksum
+
+MANY_COPIES = 10  # of an image, above which they are counted and told
 
 
 class ImageSet(NamedTuple):
@@ -28,7 +33,7 @@ class ImageSet(NamedTuple):
     source: dict = {}  # noqa: RUF012, it is never changed
 
 
-def load_images(name, root, train, image_size=32, labels=None):
+def load_images(name, root, train, image_size=32, labels=None, **decoding):
     """Return one split of a data set as an ImageSet; None if a `folder` has no test split.
 
     name: a key of DATASETS. root: the folder with the files; cifar10 and cifar100 are downloaded
@@ -39,7 +44,7 @@ def load_images(name, root, train, image_size=32, labels=None):
     if name not in DATASETS:
         raise UsageError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
     if name == "folder":
-        return load_folder(Path(root), train, image_size, labels)
+        return load_folder(Path(root), train, Decoding(image_size, **decoding), labels)
     if image_size != 32:
         raise UsageError(
             f"image_size {image_size}: the images of {name} are 32 pixels wide; only folder is "
@@ -92,7 +97,7 @@ def load_cifar(root, train, name):
     return ImageSet(content["images"], content["labels"], content["class_names"])
 
 
-def load_folder(root, train, image_size=32, labels=None):
+def load_folder(root, train, decoding, labels=None):
     """Return the images below `root` as an ImageSet, None for a test split that is not there.
 
     They are train/<class>/* and test/<class>/*, or any tree of images without labels; see
@@ -105,7 +110,7 @@ def load_folder(root, train, image_size=32, labels=None):
     split = splits.train if train else splits.test
     if split is None:
         return None
-    images, readable = read_images(split.images, split.folder, image_size)
+    images, readable = read_images(split.images, split.folder, decoding)
     source = {"paths": [str(split.images[i].relative_to(root)) for i in readable.tolist()]}
     if not splits.class_names:
         return ImageSet(images, None, [], source)
@@ -123,24 +128,95 @@ DATASETS = {
 }
 
 
-def read_images(paths, folder, image_size):
+def read_images(paths, folder, decoding):
     """Return the images of the readable files, and the indices of these files in paths.
 
     They are uint8 (M, 3, image_size, image_size) and int64 (M,). The other files are named in a
     warning. Raises RunError if they are more than one and more than 1 in 100, or half of all.
     """
-    content = cache.decode(paths, folder, image_size)
+    content = cache.decode(paths, folder, decoding)
     bad = content["failures"]
+    if bad:
+        named = failures_text(bad, folder)
     if len(bad) > max(1, len(paths) / 100) or 2 * len(bad) >= len(paths):
         raise RunError(
             f"{len(bad)} of {len(paths)} images in {folder} can't be read, too many to leave out "
-            f"(1, or 1 in 100): {', '.join(bad[:5])}"
+            f"(1, or 1 in 100): {named}"
         )
     if bad:
-        log.warning(
-            f"left out {len(bad)} of {len(paths)} images that can't be read: {', '.join(bad)}"
-        )
+        log.warning(f"left out {len(bad)} of {len(paths)} images that can't be read: {named}")
+    log_repeated(content, paths, folder)
     return content["images"], content["readable"]
+
+
+def failures_text(failures, folder, n=5):
+    """Return the first n failures, and if there are more the path of a file that names them all."""
+    if len(failures) <= n:
+        return ", ".join(failures)
+    file = cache.cache_path("unreadable", folder).with_suffix(".txt")
+    try:
+        cache.write_lines(file, failures)
+    except OSError:
+        return ", ".join(failures)
+    return f"{', '.join(failures[:n])} and {len(failures) - n} more, all named in {file}"
+
+
+def log_repeated(content, paths, folder):
+    """Print how many images are of one colour, and how many are equal to many others.
+
+    content: what cache.decode returned of paths.
+    """
+    plain = content["plain"]
+    _, group, sizes = content["digests"].unique(return_inverse=True, return_counts=True)
+    repeated = (sizes[group] > MANY_COPIES) & ~plain
+    found = []
+    for which, text in (
+        (plain, "of a single colour"),
+        (repeated, f"equal to {MANY_COPIES} or more others"),
+    ):
+        if which.any():
+            path = paths[content["readable"][which.nonzero()[0]]]
+            found.append(f"{int(which.sum())} {text}, such as {path}")
+    if found:
+        log.info(f"* Of {len(plain)} images in {folder}: {'; '.join(found)}")
+
+
+def measured_range(hp):
+    """Return {"value_low": float, "value_high": float} for a folder of images above 8 bits.
+
+    They are percentiles .1 and 99.9 of the values of 100 training images at most. Both are None if
+    none of 1,000 training images has more than 8 bits.
+    """
+    unknown = {"value_low": None, "value_high": None}
+    if hp.dataset != "folder":
+        return unknown
+    paths = folders.find_splits(Path(hp.data_dir), hp.labels).train.images
+    rng = np.random.default_rng(0)
+    samples = []
+    for i in rng.permutation(len(paths))[:1000]:
+        with suppress(UnreadableImage), opened(paths[i], hp.max_pixels) as image:
+            if is_deep(image):
+                samples.append(some_values(np.asarray(image), rng))
+        if len(samples) == 100:
+            break
+    if not samples:
+        return unknown
+    values = np.concatenate(samples)
+    low, high = np.percentile(values, [0.1, 99.9]) if len(values) else (0, 1)
+    if low == high:
+        low, high = values.min(), max(values.max(), values.min() + 1)
+    low, high = (float(f"{value:.6g}") for value in (low, high))
+    log.info(
+        f"* Images of more than 8 bits: {low:g} becomes black and {high:g} white, percentiles .1 "
+        f"and 99.9 of {len(samples)} training images; --value_low and --value_high set them"
+    )
+    return {"value_low": low, "value_high": high}
+
+
+def some_values(values, rng, n=10_000):
+    """Return at most n of the finite values of an array."""
+    values = values[np.isfinite(values)]
+    return values if len(values) <= n else rng.choice(values, n)
 
 
 def balanced_subset(labels, n_images, n, generator):
@@ -226,7 +302,8 @@ def load_splits(hp, stand_in=True):
     is_folder = hp.dataset == "folder"
     if is_folder:
         folders.log_folder(Path(hp.data_dir), hp.labels)
-    load = partial(load_images, hp.dataset, hp.data_dir)
+    decoding = {"value_range": hp.value_range, "max_pixels": hp.max_pixels}
+    load = partial(load_images, hp.dataset, hp.data_dir, **decoding)
     train = load(True, hp.image_size, hp.labels)
     test = load(False, hp.image_size, hp.labels)
     check_classes(train)

@@ -31,7 +31,7 @@ class Embedder(NamedTuple):
         if not paths:
             raise UsageError("there are no images to embed")
         folder = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-        images, readable = read_images(paths, folder, self.run.hp.image_size)
+        images, readable = read_images(paths, folder, self.run.hp.decoding)
         return self.embed_images(images), [paths[i] for i in readable]
 
     def embed_images(self, images):

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, get_args
 import yaml
 
 from data import DATASETS
+from images.cache import Decoding
+from images.pixels import MAX_PIXELS
 from infra.errors import UsageError
 from loss import UNIFORMITY
 from model import ACTIVATIONS, BACKBONES, STAGE_POOLS, TIMM
@@ -34,6 +36,7 @@ SCHEDULES = ("cosine", "constant")
 OPTIMIZERS = ("lars", "muon", "sgd", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")
 POOLS = ("features", "proj", "backbone", *STAGE_POOLS)
+MOST_VALUE = 10.0**15  # of a pixel
 
 
 def setting(stage, default, help, **bounds):
@@ -59,6 +62,19 @@ class Hparams:
         "side in pixels to which images of --dataset folder are resized and centre-cropped",
         low=14,
         high=4096,
+    )
+    value_low: float | None = _data(
+        None,
+        "value that becomes black in images of more than 8 bits (default: percentile .1 of a "
+        "sample)",
+        low=-MOST_VALUE,
+        high=MOST_VALUE,
+    )
+    value_high: float | None = _data(
+        None,
+        "value that becomes white in them (default: percentile 99.9)",
+        low=-MOST_VALUE,
+        high=MOST_VALUE,
     )
     n_images: int | None = _data(
         None, "train on a random, class-balanced subset of so many (default: all)", low=1
@@ -161,6 +177,9 @@ class Hparams:
     labels: str | None = _none(
         None, "folder only: CSV file with lines path,label, instead of class folders"
     )
+    max_pixels: int = _none(
+        MAX_PIXELS, "folder only: an image with more pixels is not read, to save memory", low=1
+    )
     device: str = _none("auto", "auto (cuda, mps or cpu), cpu, mps, cuda or cuda:N")
     deterministic: bool = _none(False, "bitwise reproducible on CUDA too, slower")
     compile: bool = _none(
@@ -206,6 +225,10 @@ class Hparams:
             )
         if self.stage_loss_weight and is_timm:
             raise UsageError(f"stage_loss_weight is for resnets of torchvision, not {self.arch}")
+        if self.value_range and self.value_low >= self.value_high:
+            raise UsageError(
+                f"value_low must be below value_high {self.value_high:g}, not {self.value_low:g}"
+            )
         if self.image_size % 2:
             raise UsageError(
                 f"image_size must be even, a patch being half as wide, not {self.image_size}"
@@ -224,6 +247,17 @@ class Hparams:
                 f"pool_grid must divide the side of a grid of views, {side} of {self.eval_views}, "
                 f"not {self.pool_grid}"
             )
+
+    @property
+    def value_range(self):
+        """What becomes black and white in images of more than 8 bits: (low, high), or None."""
+        both = (self.value_low, self.value_high)
+        return None if None in both else both
+
+    @property
+    def decoding(self):
+        """How files become images, a cache.Decoding."""
+        return Decoding(self.image_size, self.value_range, self.max_pixels)
 
     @property
     def patch_size(self):

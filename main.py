@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import torch
 
 import cli
-from data import Images, why_no_probe
+from data import Images, measured_range, why_no_probe
 from encode import check_views, encode_split
 from evaluate import (
     METRICS,
@@ -77,6 +77,7 @@ def train_command(args):
     if hp.max_patches is None and "max_patches" not in cli.given_settings(args):
         most = run.read_hparams().max_patches if exists else automatic_max_patches(hp)
         hp = replace(hp, max_patches=most)
+    hp = with_value_range(hp, run, args, exists)
     if args.budget:
         hp = budgeted(hp, run, args, exists)
     if args.dry_run:
@@ -89,6 +90,20 @@ def train_command(args):
                 f"decides"
             )
     run_experiment(hp, run.dir, args.argv, start_over=not args.resume)
+
+
+def with_value_range(hp, run, args, exists):
+    """Return hp with the value_low and value_high that are not given.
+
+    They are measured for a new run, else as hparams.yaml has them.
+    """
+    given = cli.given_settings(args)
+    names = [name for name in ("value_low", "value_high") if getattr(hp, name) is None]
+    names = [name for name in names if name not in given]
+    if not names:
+        return hp
+    values = vars(run.read_hparams()) if exists else measured_range(hp)
+    return replace(hp, **{name: values[name] for name in names})
 
 
 def budgeted(hp, run, args, exists):

@@ -1,7 +1,7 @@
 """Images of files: decoded once, kept in memory or in the cache folder, and read in batches.
 
-The file has three parts: an image is read; many are decoded by several processes into a file of the
-cache folder; such a file is read in batches.
+The file has two parts: many images are decoded by several processes into a file of the cache
+folder; such a file is read in batches.
 """
 
 import collections
@@ -12,16 +12,16 @@ import os
 import signal
 import sys
 import tempfile
-import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps
 
+from images.pixels import FORMATS, MAX_PIXELS, UnreadableImage, read_image
 from infra import files
 from infra.console import log, progress_bar
 from infra.device import to_device
@@ -33,146 +33,152 @@ from infra.signals import STOPPING, Interrupted, hold_signals, watch
 MANY = 1000  # files: from here on, several processes decode them and the result is cached
 LARGE = 2 * 10**9  # bytes: above this, images stay in their file
 CHUNK = 16  # images that a process decodes at a time
-# Pillow would start an outside program for other formats, such as EPS.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 # Not "forkserver", the default from Python 3.14: a worker ends with its parent, which would be the
 # server. Not threads: for small images Python's lock makes two as slow as one.
 PROCESSES = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
 
 
-class UnreadableImage(Exception):
-    """The file is not an image that can be used. The message names the file and the reason."""
+class Decoding(NamedTuple):
+    """How files become images: the arguments of read_image, beside the path."""
+
+    image_size: int
+    value_range: tuple | None = None
+    max_pixels: int = MAX_PIXELS
 
 
-def read_image(path, image_size):
-    """Return the image as RGB uint8 (3, image_size, image_size).
-
-    Of a file of several images it is the first. Raises UnreadableImage.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns above 89 million pixels.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-                pixels = np.asarray(to_rgb(image, image_size))
-    except UnreadableImage as error:
-        raise UnreadableImage(f"{path} ({error})") from None
-    except Exception as error:  # Pillow raises nearly anything on a damaged file
-        raise UnreadableImage(f"{path} ({type(error).__name__})") from None
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (H, W, 3) -> (3, H, W)
-
-
-def to_rgb(image, image_size):
-    """Convert a PIL image to RGB, image_size x image_size.
-
-    It is turned by its EXIF, its shorter side is resized to image_size, and it is centre-cropped.
-    Raises UnreadableImage for floating-point pixels, which have no range that is agreed on.
-    """
-    if image.mode == "F":
-        raise UnreadableImage("floating-point pixels")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    return ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BICUBIC)
-
-
-def decode(paths, folder, image_size):
+def decode(paths, folder, decoding):
     """Decode the files: few in memory, MANY by decode_once. Return what decode_in_memory does."""
     if len(paths) < MANY:
-        return decode_in_memory(paths, image_size)
-    return decode_once(paths, folder, image_size)
+        return decode_in_memory(paths, decoding)
+    return decode_once(paths, folder, decoding)
 
 
-def decode_in_memory(paths, image_size):
+def decode_in_memory(paths, decoding):
     """Return a dict with the images of the M readable files.
 
     images: uint8 (M, 3, image_size, image_size). readable: int64 (M,), the indices of their files
-    in paths. failures: a line for each of the other files.
+    in paths. digests: int64 (M,), their checksums. plain: bool (M,), whether an image is of one
+    colour. failures: a line for each of the other files.
     """
-    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
-    readable = []
-    failures = []
+    images = torch.empty(len(paths), 3, decoding.image_size, decoding.image_size, dtype=torch.uint8)
+    results = []
     for row, path in enumerate(paths):
         try:
-            images[row] = torch.from_numpy(read_image(path, image_size))
-            readable.append(row)
+            pixels = read_image(path, *decoding)
         except UnreadableImage as error:
-            failures.append(str(error))
-    readable = torch.tensor(readable, dtype=torch.int64)
+            results.append(error)
+        else:
+            images[row] = torch.from_numpy(pixels)
+            results.append(described(pixels))
+    content = collected(results)
+    return {**content, "images": images[content["readable"]] if content["failures"] else images}
+
+
+def collected(results):
+    """Return what decode_in_memory does, without the images.
+
+    results: of each file what `described` returns of its image, or UnreadableImage.
+    """
+    failures = [str(result) for result in results if isinstance(result, UnreadableImage)]
+    readable = [i for i, result in enumerate(results) if not isinstance(result, UnreadableImage)]
     return {
-        "images": images[readable] if failures else images,
-        "readable": readable,
+        "readable": torch.tensor(readable, dtype=torch.int64),
+        "digests": torch.tensor([results[i][0] for i in readable], dtype=torch.int64),
+        "plain": torch.tensor([results[i][1] for i in readable], dtype=torch.bool),
         "failures": failures,
     }
 
 
-def decode_once(paths, folder, image_size):
+def described(pixels):
+    """Return (digest, whether it is of one colour) of an image (3, H, W)."""
+    return digest_of(pixels), bool((pixels == pixels[:, :1, :1]).all())
+
+
+def decode_once(paths, folder, decoding):
     """Like decode_in_memory, with several processes and a file of the cache folder.
 
     More than LARGE bytes of images stay in that file: images is an ImageFile.
     """
-    name = f"folder-{image_size}"
+    size = decoding.image_size
+    name = "-".join(["folder", str(size), *(f"{x:g}" for x in decoding.value_range or ())])
     file = cache_path(name, folder).with_suffix(".u8")
-    size = len(paths) * 3 * image_size**2
+    n_bytes = len(paths) * 3 * size**2
     try:
         with main_process_first():
             content = cached(
                 name,
                 folder,
                 paths,
-                read=lambda: decode_to_file(file, paths, image_size),
-                is_whole=lambda: file.is_file() and file.stat().st_size == size,
+                read=lambda: decode_to_file(file, paths, decoding),
+                is_whole=lambda: file.is_file() and file.stat().st_size == n_bytes,
+                decoding=decoding,
             )
-        images = ImageFile(file, image_size, content["readable"], content["digests"])
+        images = ImageFile(file, size, content["readable"], content["digests"])
     except OSError as error:
         log.warning(f"the decoded images are not kept for the next time: {error}")
-        return decode_in_memory(paths, image_size)
-    if size > LARGE:
+        return decode_in_memory(paths, decoding)
+    if n_bytes > LARGE:
         return {**content, "images": images}
     try:
         return {**content, "images": images[:]}
     except RunError:
         log.warning(f"{file} was damaged and is removed")
         files.remove(file)
-        return decode_in_memory(paths, image_size)
+        return decode_in_memory(paths, decoding)
 
 
 @on_main_process  # several would write the same file
-def decode_to_file(file, paths, image_size):
+def decode_to_file(file, paths, decoding):
     """Write the images to the rows of a file, uint8 (N, 3, image_size, image_size).
 
-    Return what decode_in_memory does, with the digests of the images, int64 (M,), in their place.
+    Return what decode_in_memory does without the images, and entries, versions: what reusable_rows
+    compares.
     """
+    entries = [digest_of(repr(entry).encode()) for entry in listing(paths)]
+    before = reusable_rows(file, entries, decoding)
     with files.atomic_write(file) as out:
-        out.truncate(len(paths) * 3 * image_size**2)
-        digests, failures = decode_with_processes(out.name, paths, image_size)
+        out.truncate(len(paths) * 3 * decoding.image_size**2)
+        results = decode_with_processes(out.name, paths, decoding, file, before)
     return {
-        "readable": torch.tensor(list(digests), dtype=torch.int64),
-        "digests": torch.tensor(list(digests.values()), dtype=torch.int64),
-        "failures": failures,
+        **collected(results),
+        "entries": torch.tensor(entries, dtype=torch.int64),
+        "versions": versions(decoding),
     }
 
 
-def decode_with_processes(file, paths, image_size):
+def reusable_rows(file, entries, decoding):
+    """Return (row, digest) of each image that the file has from an earlier time, None for others.
+
+    entries: a digest of the path, size and time of each image.
+    """
+    try:
+        content = files.read_pt(file.with_suffix(".pt"))
+    except (RunError, UsageError):
+        content = {}
+    if content.get("versions") != versions(decoding):
+        return [None] * len(entries)
+    readable = content["readable"]
+    rows = zip(readable.tolist(), content["digests"].tolist(), strict=True)
+    rows = dict(zip(content["entries"][readable].tolist(), rows, strict=True))
+    return [rows.get(entry) for entry in entries]
+
+
+def decode_with_processes(file, paths, decoding, old_file, before):
     """Write image i to row i of the file.
 
-    Return {row: digest} of the readable images, and a line for each of the others.
+    before: what reusable_rows returns of old_file. Return what `collected` takes.
     """
-    decode_row = functools.partial(decode_to_row, file, image_size)
+    decode_row = functools.partial(decode_to_row, file, decoding, old_file)
     title = f"decode {Path(os.path.commonpath(paths)).name}"
     workers = ProcessPoolExecutor(
         mp_context=PROCESSES, initializer=start_worker, initargs=(os.getpid(),)
     )
-    digests = {}
-    failures = []
+    results = []
     with hold_signals() as signals, workers:
-        results = workers.map(decode_row, range(len(paths)), paths, chunksize=CHUNK)
+        stream = workers.map(decode_row, range(len(paths)), paths, before, chunksize=CHUNK)
         try:
-            for row, result in enumerate(progress_bar(results, title, total=len(paths))):
-                if isinstance(result, UnreadableImage):
-                    failures.append(str(result))
-                else:
-                    digests[row] = result
+            for result in progress_bar(stream, title, total=len(paths)):
+                results.append(result)
                 if signals:
                     break
         except BrokenProcessPool:
@@ -183,7 +189,7 @@ def decode_with_processes(file, paths, image_size):
         workers.shutdown(cancel_futures=True)
     if signals:
         raise Interrupted(signals[0])
-    return digests, failures
+    return results
 
 
 def start_worker(parent):
@@ -194,23 +200,36 @@ def start_worker(parent):
     watch(parent, lambda: os._exit(1))
 
 
-def decode_to_row(file, image_size, row, path):
-    """Decode an image to a row of the file.
+def decode_to_row(file, decoding, old_file, row, path, before):
+    """Decode an image to a row of the file, or take it from old_file.
 
-    Return its digest, or UnreadableImage if it is not readable.
+    before: (row, digest) there, or None. Return what `described` does, or UnreadableImage if it is
+    not readable.
     """
+    pixels = stored_image(old_file, decoding.image_size, *before) if before else None
     try:
-        pixels = read_image(path, image_size)
+        pixels = read_image(path, *decoding) if pixels is None else pixels
     except UnreadableImage as error:
         return error
     with open(file, "r+b", buffering=0) as out:
         os.pwrite(out.fileno(), pixels, row * pixels.nbytes)
-    return digest_of(pixels)
+    return described(pixels)
 
 
-def digest_of(pixels):
-    """Return the checksum of an image, an int64."""
-    return int.from_bytes(hashlib.sha256(pixels).digest()[:8], "little", signed=True)
+def stored_image(file, image_size, row, digest):
+    """Return the image (3, image_size, image_size) in this row, None if it is damaged or gone."""
+    pixels = np.zeros((3, image_size, image_size), np.uint8)
+    try:
+        with open(file, "rb", buffering=0) as stored:
+            os.preadv(stored.fileno(), [pixels], row * pixels.nbytes)
+    except OSError:
+        return None
+    return pixels if digest_of(pixels) == digest else None
+
+
+def digest_of(content):
+    """Return the checksum of bytes or an array, an int64."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little", signed=True)
 
 
 def cache_path(name, folder):
@@ -225,17 +244,24 @@ def cache_path(name, folder):
     return Path(home) / "emp-ssl" / f"{name}-{digest}.pt"
 
 
-def cached(name, folder, paths, read, is_whole=lambda: True):
+@on_main_process
+def write_lines(path, lines):
+    """Write a text file into the cache folder. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic_write(path) as file:
+        # A file's name need not be UTF-8.
+        file.write("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
+
+
+def cached(name, folder, paths, read, is_whole=lambda: True, decoding=None):
     """Return the result of read(), and keep it in the cache folder for the next time.
 
     It is a dict of tensors and plain values. It is read again if the size or time of a file in
-    `paths`, FORMATS or the version of Pillow has changed, or if is_whole() is false: whether
-    another file that read() writes is complete. Raises OSError if the cache folder can't be
-    written.
+    `paths` or versions(decoding) has changed, or if is_whole() is false: whether another file that
+    read() writes is complete. Raises OSError if the cache folder can't be written.
     """
     path = cache_path(name, folder)
-    listing = [(str(path), *size_and_time(path)) for path in paths]
-    key = hashlib.sha256(repr([PIL.__version__, FORMATS, listing]).encode()).hexdigest()
+    key = hashlib.sha256(repr([versions(decoding), listing(paths)]).encode()).hexdigest()
     content = load_cached(path, key, is_whole)
     if content is None:
         with locked(path.with_suffix(".lock"), wait=True):
@@ -245,6 +271,16 @@ def cached(name, folder, paths, read, is_whole=lambda: True):
                 raise OSError("the main process has not written them")
             files.write_pt(path, {**content, "key": key})
     return content
+
+
+def versions(decoding):
+    """Return what decoded images depend on, beside their files, as a text."""
+    return repr([PIL.__version__, FORMATS, decoding])
+
+
+def listing(paths):
+    """Return [(path, bytes, modification time)] of files."""
+    return [(str(path), *size_and_time(path)) for path in paths]
 
 
 def load_cached(path, key, is_whole):

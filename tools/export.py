@@ -14,6 +14,7 @@ from data import why_no_probe
 from encode import dims_of
 from experiment import Run, load_if_key, position
 from hparams import SETTINGS
+from images import pixels
 from images.folders import find_images, log_left_out
 from infra import files
 from infra.console import log
@@ -172,7 +173,7 @@ def describe(run, encoder, format, part):
         "features": n_features,
         "dim": dim,
         "input_size": hp.image_size if representation else hp.patch_size,
-        "image_size": hp.image_size,
+        **hp.decoding._asdict(),
         # Of pixels in [0, 1]: the network sees [-1, 1].
         "normalisation": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
         "patches": None if representation else "half as wide as the image, resized to input_size",
@@ -223,7 +224,7 @@ def describe_backbone(hp):
 
 
 def write(network, description, folder):
-    """Write the network, and beside it load.py and a JSON file with the description.
+    """Write the network, and beside it the code that loads it and a JSON file with the description.
 
     Return the three paths. Both are named after the network and its format, so that several formats
     can be in the folder.
@@ -233,9 +234,16 @@ def write(network, description, folder):
     with files.atomic_write(path) as file:
         write_network(file, network, description)
     with files.atomic_write(code) as file:
-        file.write(Path(__file__).with_name("load.py").read_bytes())
+        file.write(code_that_stands_alone().encode())
     files.write_json(code.with_suffix(".json"), description)
     return path, code, code.with_suffix(".json")
+
+
+def code_that_stands_alone():
+    """Return load.py with images/pixels.py in the place of its import."""
+    code = Path(load.__file__).read_text()
+    _, _, imported = Path(pixels.__file__).read_text().split('"""', 2)  # all but its docstring
+    return code.replace("\nfrom images.pixels import read_image\n", imported)
 
 
 def write_network(file, network, description):

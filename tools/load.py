@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from images.pixels import read_image
 
 
 def load():
@@ -140,20 +142,13 @@ def build_representation(backbone, head, how):
 def read(path):
     """Return an image file as input of the network, NumPy float32 (1, 3, S, S).
 
-    The whole image: turned by its EXIF, its shorter side resized to image_size, centre-cropped,
-    then resized to S. Raises ValueError for floating-point pixels.
+    The whole image as read_image returns it, then resized to S. Raises UnreadableImage.
     """
     description = read_description()
-    side = description["image_size"]
     S = description["input_size"]
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-    if image.mode == "F":
-        raise ValueError(f"{path} has floating-point pixels, which have no range")
-    if image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-    image = image.resize((S, S), Image.Resampling.BILINEAR)
+    how = [description[name] for name in ("image_size", "value_range", "max_pixels")]
+    pixels = read_image(path, *how)  # (3, image_size, image_size)
+    image = Image.fromarray(pixels.transpose(1, 2, 0)).resize((S, S), Image.Resampling.BILINEAR)
     return np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1  # (S, S, 3) -> ...
 
 

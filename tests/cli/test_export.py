@@ -190,31 +190,100 @@ def test_the_code_beside_an_export_loads_it_without_this_program(
     torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_code_beside_an_export_reads_the_pixels_that_the_program_reads(finished, tmp_path):
-    """Of a JPEG turned by its EXIF, 16-bit greyscale, a palette with transparency, and plain RGB.
+def odd_images(folder):
+    """Write images whose pixels can be read in several ways; return {path: expected}.
 
-    The network's input is as wide as the image here, so the last resize changes nothing.
+    expected: their pixels (16, 16, 3) in 0..255, at least nearly.
     """
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(0, 256, (16, 16, 3))
+    alpha = rng.integers(0, 256, (16, 16, 1))
+    index = rng.integers(0, 4, (16, 16), np.uint8)
+    image = Image.fromarray(rgb.astype(np.uint8))
+    turned = image.getexif()
+    turned[0x0112] = 6  # orientation: turn by 90 degrees
+    smooth = image.resize((3, 3)).resize((16, 16), Image.Resampling.BICUBIC)
+    palette = Image.fromarray(index, "P")
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0])
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]])
+    grey = rgb[:, :, :1].repeat(3, 2)
+    # In a run whose range is 0 to 4095.
+    deep = rng.integers(0, 4096, (16, 16))
+    expected_deep = (deep * 255 / 4095)[:, :, None].repeat(3, 2)
+    on_white = 255 - (255 - rgb) * (alpha / 255)
+    white_grey = 255 - (255 - grey) * (alpha / 255)
+    images = {
+        "turned.jpg": (smooth, np.rot90(np.asarray(smooth), -1), {"exif": turned, "quality": 100}),
+        "plain.png": (image, rgb, {}),
+        "alpha.png": (np.concatenate([rgb, alpha], 2), on_white, {}),
+        "grey-alpha.png": (np.concatenate([rgb[:, :, :1], alpha], 2), white_grey, {}),
+        "alpha.webp": (np.concatenate([rgb, alpha], 2), on_white, {"lossless": True}),
+        "palette.png": (palette, colours[index], {"transparency": 3}),
+        "palette.gif": (palette, colours[index], {"transparency": 3}),
+        "cmyk.tif": (image.convert("CMYK"), rgb, {}),
+        "16-bit.png": (deep.astype(np.uint16), expected_deep, {}),
+        "32-bit.tif": (deep.astype(np.int32), expected_deep, {}),
+        "float.tif": (deep.astype(np.float32), expected_deep, {}),
+    }
+    for name, (pixels, _, options) in images.items():
+        if isinstance(pixels, np.ndarray):
+            kind = np.uint8 if pixels.ndim == 3 else pixels.dtype
+            pixels = Image.fromarray(pixels.astype(kind))
+        pixels.save(folder / name, **options)
+    return {folder / name: expected for name, (_, expected, _) in images.items()}
+
+
+def test_the_code_beside_an_export_reads_the_pixels_that_the_program_reads(finished, tmp_path):
+    """The network's input is as wide as the image here, so the last resize changes nothing."""
     exp_dir = shutil.copytree(finished, tmp_path / "run")
     path, description = exported(exp_dir, "torchvision")
     assert description["image_size"] == description["input_size"] == 16
-    rng = np.random.default_rng(0)
-    rgb = Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8))
-    turned = rgb.getexif()
-    turned[0x0112] = 6  # orientation: turn by 90 degrees
-    rgb.save(tmp_path / "turned.jpg", exif=turned)
-    rgb.save(tmp_path / "plain.png")
-    rgb.quantize(16).save(tmp_path / "palette.png", transparency=3)
-    Image.fromarray(rng.integers(0, 2**16, (40, 60), np.uint16)).save(tmp_path / "16-bit.png")
+    assert (description["value_range"], description["max_pixels"]) == (None, 89478485)
     code = load_code(path.with_name("backbone_torchvision.py"))
-    for name in ("turned.jpg", "plain.png", "palette.png", "16-bit.png"):
-        x = code.read(tmp_path / name)
-        assert x.dtype == np.float32
-        pixels = ((x[0] + 1) * 127.5).round().astype(np.uint8)  # (3, 16, 16)
-        np.testing.assert_array_equal(pixels, read_image(tmp_path / name, 16), err_msg=name)
-    Image.fromarray(rng.random((20, 20), np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(ValueError, match=r"float\.tif has floating-point pixels"):
-        code.read(tmp_path / "float.tif")
+    json_file = path.with_name("backbone_torchvision.json")
+    for value_range in (None, [0, 4095]):
+        files.write_json(json_file, {**description, "value_range": value_range})
+        for image, expected in odd_images(tmp_path).items():
+            if value_range is None and image.name == "float.tif":
+                with pytest.raises(code.UnreadableImage, match=r"float\.tif \(values from"):
+                    code.read(image)
+                continue
+            x = code.read(image)
+            assert x.dtype == np.float32
+            pixels = ((x[0] + 1) * 127.5).round().astype(np.uint8)  # (3, 16, 16)
+            ours = read_image(image, 16, value_range)
+            np.testing.assert_array_equal(pixels, ours, err_msg=image.name)
+            if value_range:
+                atol = 16 if image.suffix == ".jpg" else 1
+                ours = ours.transpose(1, 2, 0)
+                np.testing.assert_allclose(ours, expected, rtol=0, atol=atol, err_msg=image.name)
+
+
+def test_the_range_of_a_run_on_12_bit_images_is_kept_and_used_by_embed_and_export(tiny, tmp_path):
+    """A single image is not stretched to its own range; the same command finds the run again."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("dark", "light"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(5):
+                values = rng.integers(0, 900, (16, 16)) + 3000 * (name == "light")
+                image = Image.fromarray(values.astype(np.uint16))
+                image.save(tmp_path / "data" / split / name / f"{i}.png")
+    argv = [*tiny, "--data_dir", tmp_path / "data", "--n_epochs", "0", "--log_folder", tmp_path]
+    result = run(*argv)
+    assert (result.code, "percentiles .1 and 99.9 of 10 training" in result.out) == (0, True)
+    exp_dir = tmp_path / RUN
+    hp = Run(exp_dir).read_hparams()
+    assert 0 <= hp.value_low < 20 and 3850 < hp.value_high < 3900
+    again = run(*argv)
+    assert (again.code, "percentiles" in again.out, "decides" in again.out) == (0, False, False)
+    refused(run(*argv, "--value_high", "5000"), 2, "value_high", "3")
+    embeddings, _ = emp_ssl.load(exp_dir, "cpu").embed([tmp_path / "data/test/dark/0.png"])
+    cached = files.read_pt(exp_dir / "artifacts" / "test.pt")["embeddings"]
+    assert (cached[0] - cached[5]).abs().max() > 0.1
+    torch.testing.assert_close(embeddings[0], cached[0], rtol=1e-5, atol=1e-6)
+    _, description = exported(exp_dir, "torchvision")
+    assert description["value_range"] == [hp.value_low, hp.value_high]
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ def levels(image_set):
     return image_set.images[:, 0, 0, 0].tolist()
 
 
-def load(root, train=True, *options):
-    return data.load_images("folder", root, train, *options)
+def load(root, train=True, *options, **decoding):
+    return data.load_images("folder", root, train, *options, **decoding)
 
 
 def images_of(root, expected=None, **settings):
@@ -90,6 +90,7 @@ def test_folder_reads_every_format_and_mode_as_rgb(tmp_path):
     grey, alpha, bits = rgb[:, :, 0], rgb[:, :, 1:2] | 1, rgb[:, :, 2] > 127
     greys = np.stack([grey] * 3, 2)
     rgba = np.concatenate([rgb, alpha], 2)
+    on_white = 255 - (255 - rgb.astype(float)) * alpha / 255
     palette = Image.fromarray(grey % 7)
     palette.putpalette(rgb[0, :7].tobytes())
     smooth = pictures(1, noise=0)[0].permute(1, 2, 0).numpy()
@@ -98,7 +99,7 @@ def test_folder_reads_every_format_and_mode_as_rgb(tmp_path):
         "0.png": (rgb, rgb),
         "1.png": (grey, greys),
         "2.png": (palette, rgb[0][grey % 7]),
-        "3.png": (rgba, rgb),
+        "3.png": (rgba, on_white),
         "4.png": (Image.fromarray(grey.astype(np.uint16) * 257), greys),
         "5.png": (Image.fromarray(bits), np.stack([bits * 255] * 3, 2)),
         "6.bmp": (rgb, rgb),
@@ -106,7 +107,7 @@ def test_folder_reads_every_format_and_mode_as_rgb(tmp_path):
         "8 ein Bild.jpg": (smooth, smooth),
         "9 größer 图.JPEG": (Image.fromarray(smooth).convert("L"), None),
         "A.tif": (rgb, rgb),
-        "B.TIFF": (rgba, rgb),
+        "B.TIFF": (rgba, on_white),
         "C.tif": (Image.fromarray(grey.astype(np.uint16) * 257), greys),
         "D.tif": (Image.fromarray(grey.astype(">u2") * 257), greys),
         "E.gif": (grey, greys),
@@ -131,6 +132,8 @@ def test_folder_reads_every_format_and_mode_as_rgb(tmp_path):
     for i, (name, (_, expected)) in enumerate(files.items(), 1):
         if name[0] == "8":
             assert np.abs(pixels[i].astype(int) - expected).mean() < 3, name
+        elif expected is on_white:
+            assert np.abs(pixels[i] - expected).max() < 1, name
         elif expected is not None:
             assert np.array_equal(pixels[i], expected), name
     assert (pixels[10] == pixels[10][:, :, :1]).all()
@@ -486,25 +489,130 @@ def test_more_unreadable_images_are_an_error(tmp_path, n, n_bad):
         load(tmp_path)
 
 
+def test_all_unreadable_images_are_named_in_a_file_and_the_others_stay_decoded(
+    tmp_path, monkeypatch
+):
+    """After the bad ones were removed, those that came or changed are decoded, and no other."""
+    monkeypatch.setattr(image_cache, "MANY", 4)
+    folder = tmp_path / "train"
+    bad = write_unreadable(folder, 60, 24)
+    with pytest.raises(RunError, match="24 of 60") as caught:
+        load(tmp_path)
+    (file,) = re.findall(r"19 more, all named in (\S+)", str(caught.value))
+    assert [line.split(" (")[0] for line in Path(file).read_text().splitlines()] == [*map(str, bad)]
+
+    log = tmp_path / "decoded"  # of several processes
+    read_image = image_cache.read_image
+
+    def read_and_record(path, *decoding):
+        with log.open("a") as lines:
+            lines.write(f"{path.name}\n")
+        return read_image(path, *decoding)
+
+    monkeypatch.setattr(image_cache, "read_image", read_and_record)
+    for path in bad:
+        path.unlink()
+    write_grey(folder / "b" / "040.png", 7)
+    write_grey(folder / "b" / "999.png", 8)
+    expected = [i for i in range(24, 60) if i != 40]
+    assert levels(load(tmp_path)) == [*expected[:16], 7, *expected[16:], 8]
+    assert sorted(log.read_text().split()) == ["040.png", "999.png"]
+    # Rows that were damaged are decoded again; another range reuses nothing.
+    (cache_file,) = (path for path in Path(file).parent.glob("*.u8") if path.stat().st_size)
+    cache_file.write_bytes(bytes(100) + cache_file.read_bytes()[100:])
+    write_grey(folder / "b" / "999.png", 9)
+    assert levels(load(tmp_path)) == [*expected[:16], 7, *expected[16:], 9]
+    assert sorted(log.read_text().split()[2:]) == ["024.png", "999.png"]
+    load(tmp_path, value_range=(0, 9))
+    assert len(log.read_text().split()) == 4 + 37
+
+
+@pytest.mark.parametrize("many", [4, 1000])
+def test_images_of_one_colour_and_those_that_equal_many_others_are_counted(
+    tmp_path, monkeypatch, capsys, many
+):
+    monkeypatch.setattr(image_cache, "MANY", many)
+    random = np.random.default_rng(0)
+    a, b, *others = random.integers(0, 256, (22, 8, 8, 3))
+    for i, pixels in enumerate([a] * 11 + [b] * 10 + others):
+        write(tmp_path / f"{i:02}.png", pixels)
+    words = (
+        f"* Of 41 images in {tmp_path}: 11 equal to 10 or more others, such as {tmp_path}/00.png"
+    )
+    for _ in range(2):
+        load(tmp_path)
+        assert capsys.readouterr().out == f"{words}\n"
+    for i in (50, 51):
+        write_grey(tmp_path / f"{i}.png", i)
+    load(tmp_path)
+    words = f"* Of 43 images in {tmp_path}: 2 of a single colour, such as {tmp_path}/50.png; 11"
+    assert words in capsys.readouterr().out
+
+
+def test_images_above_the_limit_are_read_if_max_pixels_is_raised(tmp_path, monkeypatch):
+    """Whatever Pillow's own limit is, which is back afterwards."""
+    write_many(tmp_path, 4)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(RunError, match=r"\(64 pixels, above the 63 of the setting max_pixels"):
+        images_of(tmp_path, max_pixels=63)
+    assert levels(images_of(tmp_path, max_pixels=64)["train"]) == [0, 1, 2, 3]
+    assert Image.MAX_IMAGE_PIXELS == 20
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_images_of_more_than_8_bits_share_one_range(tmp_path, capsys, kind):
+    """They keep their contrast and their order, 8-bit images stay as they are, NaN is black."""
+    random = np.random.default_rng(0)
+    scale = {np.uint16: 1, np.int32: 100, np.float32: 1e-3}[kind]  # of 12 bits, of more, below 4
+    for i in range(20):
+        values = random.integers(100 * i, 100 * i + 2000, (16, 16))
+        write(tmp_path / f"{i:02}.tif", Image.fromarray((values * scale).astype(kind)))
+    write_grey(tmp_path / "8 bits.png", 77)
+    odd = np.full((16, 16), [np.nan, np.inf] * 8, np.float32)
+    write(tmp_path / "odd.tif", Image.fromarray(odd))
+    measured = data.measured_range(Hparams(dataset="folder", data_dir=str(tmp_path)))
+    low, high = measured.values()
+    assert 0 <= low < 60 * scale and 3800 * scale < high <= 3900 * scale
+    out = capsys.readouterr().out
+    assert f"{low:g} becomes black and {high:g} white" in out and "of 21 training images" in out
+    images = images_of(tmp_path, **measured)["train"].images[:, 0].float()
+    means = images.mean((1, 2))[:20]
+    expected = (torch.arange(20) * 100 + 1000) * scale
+    torch.testing.assert_close(means, (expected - low) * 255 / (high - low), rtol=0.1, atol=5)
+    assert images[20].unique().tolist() == [77]
+    assert images[21].unique().tolist() == [0, 255]
+    given = images_of(tmp_path, value_low=0, value_high=8000 * scale)["train"].images[:, 0]
+    assert 100 < given[:20].max() < 130
+    with pytest.raises(UsageError, match="value_low must be below value_high 3, not 5"):
+        Hparams(value_low=5, value_high=3)
+
+
 EPS = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
 
 def write_floats(path):
-    """They have no range that is agreed on: as 0 to 255, those of 0 to 1 would be black."""
+    """Without a range of their own: as 0 to 255, those of 0 to 1 would be black."""
     Image.fromarray(np.random.default_rng(0).random((16, 16), np.float32)).save(path)
 
 
 @pytest.mark.parametrize(
     ("name", "make", "words"),
     [
-        ("floats.tif", write_floats, "floating-point pixels"),
+        (
+            "floats.tif",
+            write_floats,
+            "values from 0.* and the settings value_low and value_high are not set",
+        ),
         ("eps.png", lambda path: path.write_text(EPS), "UnidentifiedImageError"),
         ("eps.tif", lambda path: path.write_text(EPS), "UnidentifiedImageError"),
         ("folder.png", Path.mkdir, "IsADirectoryError"),
         ("link.png", lambda path: path.symlink_to("nowhere"), "FileNotFoundError"),
         ("gone.png", lambda path: None, "FileNotFoundError"),
-        # of 144 million pixels
-        ("bomb.png", partial(write, image=Image.new("1", (12_000, 12_000))), "DecompressionBomb"),
+        (
+            "bomb.png",
+            partial(write, image=Image.new("1", (12_000, 12_000))),
+            "144000000 pixels, above the 89478485 of the setting max_pixels",
+        ),
     ],
 )
 def test_what_is_no_image_is_named_and_starts_no_program(tmp_path, monkeypatch, name, make, words):
@@ -652,7 +760,8 @@ def test_images_are_decoded_by_the_main_process_however_python_starts_processes(
     env |= {"TORCHELASTIC_RUN_ID": "1", "RANK": rank, "WORLD_SIZE": "1"}
     command = [sys.executable, "-c", LOAD, tmp_path]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"{list(range(10))}\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{list(range(10))}"
     kept = {path.suffix for path in cache.iterdir()}
     assert kept == ({".pt", ".u8"} if rank == "0" else set())
 

@@ -19,7 +19,9 @@ def wrong_values(setting):
         return ["nonsense"]
     if setting.type not in (int, float):
         return []
-    wrong = ["many", "nan", "inf", "-1", str(10**30), "1e999", str(setting.high + 1)]
+    wrong = ["many", "nan", "inf", str(10**30), "1e999", str(setting.high + 1)]
+    if setting.low >= 0:
+        wrong.append("-1")
     if setting.above or setting.low == 1:
         wrong.append("0")
     if setting.type is int:
@@ -69,7 +71,7 @@ def other(setting):
     if setting.choices:
         return next(choice for choice in setting.choices if choice != setting.default)
     if setting.type in (int, float):
-        return setting.type(2 * (setting.default or setting.low + 5) or 1)
+        return setting.type(2 * (setting.default or max(0, setting.low) + 5) or 1)
     return (not setting.default) if setting.type is bool else "other"
 
 
