@@ -29,6 +29,7 @@ from evaluate import (
 from experiment import Machine, Run, labels_checksum, listing_checksum
 from forecast import automatic_max_patches, check_memory, dry_run, within_budget
 from hparams import from_dict
+from images.copies import copies_text, find_copies
 from infra import distributed
 from infra.console import EVERY_PROCESS, PLAIN, log, log_stage, quiet_libraries
 from infra.errors import RunError, UsageError, explain
@@ -163,10 +164,10 @@ def run_experiment(hp, exp_dir, argv, start_over=False, rewrite=True):
             draw_patches(hp, images["train"], run.patches)
         train(run, encoder, images)
         log.info(f"* Encoder: {run.last}")
-        encoded = {
-            split: run.cached(split, partial(encode_stage, run, encoder, images, split))
-            for split in run.splits
-        }
+        encoded = {}
+        for split in run.splits:
+            compute = partial(encode_stage, run, encoder, images, split, encoded.get("train"))
+            encoded[split] = run.cached(split, compute)
         probe_and_report(run, encoded)
 
 
@@ -190,12 +191,19 @@ def check_before_writing(run, encoder, images):
         check_memory(run.hp, run.machine, encoder, pixels)
 
 
-def encode_stage(run, encoder, images, split):
-    """Stage 2 of one split, with the collapse metrics of the training images."""
+def encode_stage(run, encoder, images, split, encoded_train):
+    """Stage 2 of one split.
+
+    With the collapse metrics of the training images, and the copies of them among the test images.
+    """
     start = time.monotonic()
     encoded = encode_split(run, encoder, images, split)
     if split == "train":
         encoded["collapse"] = measure_collapse(run, encoder, images["train"])
+    else:
+        sets = [images[name].images for name in ("test", "train")]
+        embeddings = [content["embeddings"] for content in (encoded, encoded_train)]
+        encoded["copies"] = find_copies(*sets, *embeddings, run.device)
     return {**encoded, "seconds": time.monotonic() - start}
 
 
@@ -227,6 +235,9 @@ def probe_and_report(run, encoded):
         log_accuracies(result)
     if collapse:
         log_collapse(collapse, len(encoded["train"]["embeddings"]))
+    copies = encoded.get("test", {}).get("copies")
+    if copies:
+        log.info(f"leaks            {copies_text(copies)}")
     stages = "  ".join(f"{stage} {taken:.1f}" for stage, taken in seconds.items())
     log.info(f"seconds          {stages}")
     log.info(f"memory           {state['peak_memory'] / 1e9:.2f} GB at most while training")

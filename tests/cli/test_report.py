@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, changed_files, edit, fingerprints, refused, run, write_images
+from helpers import (
+    ROOT,
+    RUN,
+    changed_files,
+    edit,
+    fingerprints,
+    pictures,
+    refused,
+    run,
+    write_images,
+)
+from PIL import Image
 
 import main
 from evaluate import confusion_matrix
@@ -66,6 +77,10 @@ def alts(page):
 
 
 def test_a_finished_run(copy):
+    content = files.read_pt(copy / "artifacts" / "test.pt")
+    assert content["copies"]["pairs"].shape == (0, 2)
+    content["copies"]["pairs"] = torch.tensor([[3, 20]])
+    files.write_pt(copy / "artifacts" / "test.pt", content)
     before = fingerprints(copy)
     page, result = page_of(copy)
     assert changed_files(copy, before) == {"report.html"}
@@ -84,6 +99,7 @@ def test_a_finished_run(copy):
         "Map of the embeddings",
         "Confusions",
         "Nearest neighbours",
+        "Leaks",
         "Overview of the training images",
         "Seconds per stage",
         "Settings",
@@ -108,6 +124,9 @@ def test_a_finished_run(copy):
     for text in (page.text, result.out):
         assert "main.py train --dataset folder" in text
         assert torch.__version__ in text
+    assert "1 of 10 test images are copies of training images" in page.text
+    assert "\ntest/across/3.png, train/down/6.png\n" in page.text
+    assert "test/across/3.png train/down/6.png" in alts(page)
     assert sum("neighbour: " in image["alt"] for image in page.images) == 10 * 8
 
 
@@ -167,6 +186,38 @@ def test_a_run_without_its_images(copy, tmp_path):
     assert "no pictures of images" in result.err
     assert "Confusions" in page.text
     assert "neighbour" not in alts(page)
+
+
+def test_copies_of_training_images_among_the_test_images_are_counted(tiny, tmp_path, monkeypatch):
+    """Equal ones, and one of other light. A finished run prints them again."""
+    root = tmp_path / "data"
+    for split, n, seed in (("train", 10, 1), ("test", 4, 2)):
+        for k, name in enumerate(("a", "b")):
+            (root / split / name).mkdir(parents=True)
+            for i, pixels in enumerate(pictures(n, 16, 16, seed=2 * seed + k)):
+                Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(
+                    root / split / name / f"{i:02}.png"
+                )
+    shutil.copy(root / "train" / "b" / "05.png", root / "test" / "a" / "00.png")
+    with Image.open(root / "train" / "a" / "07.png") as original:
+        darker = original.point(lambda value: int(0.97 * value))
+    darker.save(root / "test" / "b" / "03.bmp")
+    options = ["--data_dir", root, *"--n_epochs 0 --emb_pool backbone --test_patches 16".split()]
+    options += ["--log_folder", tmp_path]
+    for _ in range(2):
+        result = run(*tiny, *options)
+        line = "leaks            2 of 9 test images are copies of training images, or nearly so; 1 "
+        assert result.code == 0 and line + "with equal pixels\n" in result.out
+        monkeypatch.setattr(main, "find_copies", None)  # found once
+    encoded = {
+        split: files.read_pt(tmp_path / RUN / "artifacts" / f"{split}.pt")
+        for split in ("train", "test")
+    }
+    shown = gallery.leaks(encoded, {"train": None, "test": None})["pairs"]
+    assert [pair["titles"] for pair in shown] == [
+        ["test/a/00.png", "train/b/05.png"],
+        ["test/b/03.bmp", "train/a/07.png"],
+    ]
 
 
 def test_images_are_shown_only_if_they_are_those_of_the_run(copy, images, tmp_path):

@@ -28,6 +28,7 @@ import main
 from experiment import n_steps_in
 from hparams import Hparams
 from images import cache as image_cache
+from images.copies import copies_text, find_copies
 from images.folders import find_images
 from infra.device import generator
 from infra.errors import RunError, UsageError
@@ -585,6 +586,32 @@ def test_images_of_more_than_8_bits_share_one_range(tmp_path, capsys, kind):
     assert 100 < given[:20].max() < 130
     with pytest.raises(UsageError, match="value_low must be below value_high 3, not 5"):
         Hparams(value_low=5, value_high=3)
+
+
+def test_near_copies_have_like_pixels_and_like_embeddings(monkeypatch):
+    """Neither alone. As many as 1,001 images, whose embeddings lie far from 0."""
+    rng = generator(0, "copies")
+    others = torch.randint(256, (1001, 3, 16, 16), generator=rng, dtype=torch.uint8)
+    images = torch.randint(256, (6, 3, 16, 16), generator=rng, dtype=torch.uint8)
+    x_others = 9 + torch.randn(1001, 40, generator=rng)
+    x = 9 + torch.randn(6, 40, generator=rng)
+    noise = torch.randint(20, (3, 16, 16), generator=rng, dtype=torch.uint8)
+    images[1] = others[700] // 2 + noise  # like pixels alone: the cosine is about .8
+    x[1] = x_others[700] + 0.8 * torch.randn(40, generator=rng)
+    x[2] = x_others[300] + 0.1  # like embeddings alone
+    images[3], x[3] = others[1000] // 2 + noise, x_others[1000] + 0.1
+    images[4] = others[500]  # equal, whatever the embeddings are
+    images[5], x[5] = others[600], x_others[600]
+    pairs = [[4, 500], [5, 600], [3, 1000]]
+    found = find_copies(images, others, x, x_others, CPU)
+    assert (found["n"], found["n_equal"], found["pairs"].tolist()) == (6, 2, pairs)
+    assert "3 of 6 test images" in copies_text(found)
+    # Of many images some are searched; equal ones are found among all.
+    monkeypatch.setattr("images.copies.MOST", 1)
+    found = find_copies(images, others, x, x_others, CPU)
+    assert found["n"] == 1 and found["pairs"].tolist()[:2] == pairs[:2]
+    none = find_copies(images[:1], others[:1], x[:1], x_others[:1], CPU)
+    assert none["pairs"].shape == (0, 2)
 
 
 EPS = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import balanced_subset
+from images.copies import copies_text
 from infra.device import generator
 
 # Embeddings that an overview searches for clusters and pairs: all pairs of so many take seconds.
@@ -153,8 +154,28 @@ def overview(content, image_set, seed):
     }
 
 
+def leaks(encoded, image_sets, n=12):
+    """Return what a report shows of the test images that are copies of training images.
+
+    None if they were not searched, else a dict: text and pairs, the first n, each with titles and
+    examples, two Pictures. encoded, image_sets: {split: ...}; without images there are no Pictures.
+    """
+    copies = encoded.get("test", {}).get("copies")
+    if not copies:
+        return None
+    pairs = []
+    for rows in copies["pairs"][:n]:
+        places = list(zip(("test", "train"), rows, strict=True))
+        titles = [title_of(encoded[split], int(i)) for split, i in places]
+        pairs.append({"titles": titles, "examples": []})
+        if all(image_sets.values()):
+            pixels = [image_at(image_sets[split], i) for split, i in places]
+            pairs[-1]["examples"] = list(map(thumb, pixels, titles))
+    return {"text": copies_text(copies), "pairs": pairs}
+
+
 def title_of(content, i):
-    """Return what row i of artifacts/train.pt is: its path, or its index in the data set."""
+    """Return what row i of an artifact is: its path, or its index in the data set."""
     if "paths" in content:
         return content["paths"][i]
     return f"image {int(content['indices'][i]) if 'indices' in content else i}"

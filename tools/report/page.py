@@ -30,7 +30,7 @@ from tools.report.figures import (
     seconds_figure,
     svg,
 )
-from tools.report.gallery import Picture, confused_pairs, data_uri, neighbours, overview
+from tools.report.gallery import Picture, confused_pairs, data_uri, leaks, neighbours, overview
 
 # Of metrics.jsonl. name: (title, what is good)
 METRIC_CURVES = {
@@ -326,6 +326,7 @@ def embeddings_context(hp, results, image_sets):
         "class_names": class_names,
         "collapse": encoded["train"].get("collapse"),
         "n_collapse": f"{min(N_COLLAPSE, len(encoded['train']['embeddings'])):,}",
+        "leaks": leaks(encoded, image_sets),
         **map_context(encoded[split], class_names, split),
     }
     if results.probe:

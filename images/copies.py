@@ -1,0 +1,91 @@
+"""Copies of training images among the test images: they make an accuracy a test of memory."""
+
+import torch
+import torch.nn.functional as F
+
+from images.cache import ImageFile, digest_of
+from infra.device import generator
+
+MOST = 10_000  # test images whose near copies are searched: among 50,000 it takes seconds
+N_DIRECTIONS = 32  # of a random projection, by which candidates are chosen
+N_CANDIDATES = 2  # of each test image
+# Cosines of a near copy and its original. Either alone is too little: images of one kind have such
+# embeddings, and images with the same light and dark parts such pixels.
+LIKE_EMBEDDINGS = 0.9
+LIKE_PIXELS = 0.9
+
+
+def find_copies(images, others, x, x_others, device):
+    """Return which images have a copy among the others, with equal pixels or nearly so.
+
+    images, others: uint8 (N, 3, H, W) and (M, 3, H, W), or ImageFiles. x, x_others: their
+    embeddings, float32 (N, d) and (M, d). Near copies are searched for at most MOST of the images.
+    Returns a dict: n, the number of images that were searched; pairs, int64 (K, 2), the rows of an
+    image and of its copy; n_equal, the number of those with equal pixels, which come first.
+    """
+    pairs = equal_pairs(images, others)
+    n_equal = len(pairs)
+    rows = torch.randperm(len(images), generator=generator(0, "copies"))[:MOST].sort().values
+    for i, j in near_pairs(rows, images, others, x, x_others, device):
+        pairs.setdefault(i, j)
+    return {
+        "n": len(rows),
+        "n_equal": n_equal,
+        "pairs": torch.tensor(list(pairs.items()), dtype=torch.int64).view(-1, 2),
+    }
+
+
+def copies_text(copies):
+    """Return what find_copies found of test images among training images, in a line."""
+    text = (
+        f"{len(copies['pairs'])} of {copies['n']:,} test images are copies of training images, or "
+        f"nearly so"
+    )
+    return f"{text}; {copies['n_equal']} with equal pixels" if copies["n_equal"] else text
+
+
+def equal_pairs(images, others):
+    """Return {row of an image: row of another one with the same pixels}."""
+    rows = {digest: j for j, digest in enumerate(digests_of(others))}
+    return {i: rows[digest] for i, digest in enumerate(digests_of(images)) if digest in rows}
+
+
+def digests_of(images):
+    """Return the checksum of each image."""
+    if isinstance(images, ImageFile):
+        return images.digests.tolist()
+    return [digest_of(image) for image in images.contiguous().numpy()]
+
+
+def near_pairs(rows, images, others, x, x_others, device):
+    """Return [(row of an image, row of its near copy)] of these rows, the nearest copy first."""
+    mean = x_others.mean(0)
+    directions = torch.randn(len(mean), N_DIRECTIONS, generator=generator(0, "directions"))
+    queries, keys = (F.normalize(e @ directions - mean @ directions, dim=1) for e in (x, x_others))
+    cosine, nearest = nearest_rows(queries[rows].to(device), keys.to(device))
+    pairs = torch.stack([rows[:, None].expand_as(nearest), nearest], 2)  # (n, N_CANDIDATES, 2)
+    pairs = pairs[cosine > LIKE_EMBEDDINGS - 0.1]  # projections are not exact: (n pairs, 2)
+    near = []
+    for i, j in (part.unbind(1) for part in pairs.split(500)):
+        is_like = F.cosine_similarity(x[i] - mean, x_others[j] - mean) > LIKE_EMBEDDINGS
+        i, j = i[is_like], j[is_like]
+        is_like = F.cosine_similarity(outlines(images[i]), outlines(others[j])) > LIKE_PIXELS
+        near += zip(i[is_like].tolist(), j[is_like].tolist(), strict=True)
+    return near
+
+
+def nearest_rows(x, others):
+    """Return (cosines, rows) of the N_CANDIDATES others (M, d) that are nearest to each x (n, d).
+
+    All are unit vectors. Both results are (n, N_CANDIDATES), on the CPU.
+    """
+    k = min(N_CANDIDATES, len(others))
+    nearest = [(part @ others.T).topk(k) for part in x.split(500)]
+    cosine, rows = (torch.cat(parts).cpu() for parts in zip(*nearest, strict=True))
+    return cosine, rows
+
+
+def outlines(images, side=16):
+    """Return images (n, 3, H, W) shrunk to `side`, less the mean of each colour: (n, 3 side²)."""
+    x = F.adaptive_avg_pool2d(images.float(), side)
+    return (x - x.mean((2, 3), keepdim=True)).flatten(1)
