@@ -64,7 +64,7 @@ def near_pairs(rows, images, others, x, x_others, device):
     queries, keys = (F.normalize(e @ directions - mean @ directions, dim=1) for e in (x, x_others))
     cosine, nearest = nearest_rows(queries[rows].to(device), keys.to(device))
     pairs = torch.stack([rows[:, None].expand_as(nearest), nearest], 2)  # (n, N_CANDIDATES, 2)
-    pairs = pairs[cosine > LIKE_EMBEDDINGS - 0.1]  # projections are not exact: (n pairs, 2)
+    pairs = pairs[cosine > LIKE_EMBEDDINGS - 0.2]  # projections are not exact: (n pairs, 2)
     near = []
     for i, j in (part.unbind(1) for part in pairs.split(500)):
         is_like = F.cosine_similarity(x[i] - mean, x_others[j] - mean) > LIKE_EMBEDDINGS

@@ -596,8 +596,8 @@ def test_near_copies_have_like_pixels_and_like_embeddings(monkeypatch):
     x_others = 9 + torch.randn(1001, 40, generator=rng)
     x = 9 + torch.randn(6, 40, generator=rng)
     noise = torch.randint(20, (3, 16, 16), generator=rng, dtype=torch.uint8)
-    images[1] = others[700] // 2 + noise  # like pixels alone: the cosine is about .8
-    x[1] = x_others[700] + 0.8 * torch.randn(40, generator=rng)
+    images[1] = others[700] // 2 + noise  # like pixels alone: the cosine is .89
+    x[1] = x_others[700] + 0.4 * torch.randn(40, generator=rng)
     x[2] = x_others[300] + 0.1  # like embeddings alone
     images[3], x[3] = others[1000] // 2 + noise, x_others[1000] + 0.1
     images[4] = others[500]  # equal, whatever the embeddings are
