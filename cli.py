@@ -178,6 +178,14 @@ def add_settings(command):
         text = setting.help + default
         group = groups[setting.stage]
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
+    groups["data"].add_argument(
+        "--value_range",
+        nargs=2,
+        type=SETTINGS["value_low"].parse,
+        metavar=("LOW", "HIGH"),
+        default=argparse.SUPPRESS,
+        help="value_low and value_high",
+    )
 
 
 def minutes(text):
@@ -198,7 +206,10 @@ def choices(names):
 
 def given_settings(args):
     """Return {name: value} of the settings that were given on the command line."""
-    return {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    given = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    if hasattr(args, "value_range"):
+        given["value_low"], given["value_high"] = args.value_range
+    return given
 
 
 def hparams_of(args):

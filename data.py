@@ -208,7 +208,7 @@ def measured_range(hp):
     low, high = (float(f"{value:.6g}") for value in (low, high))
     log.info(
         f"* Images of more than 8 bits: {low:g} becomes black and {high:g} white, percentiles .1 "
-        f"and 99.9 of {len(samples)} training images; --value_low and --value_high set them"
+        f"and 99.9 of {len(samples)} training images; --value_range LOW HIGH sets them"
     )
     return {"value_low": low, "value_high": high}
 
