@@ -8,9 +8,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
-from infra import startup
-
 if __name__ == "__main__":
+    # With PYTHONSAFEPATH, Python does not look for modules in the folder of this file.
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+    from infra import startup
+
     startup.prepare()
 
 import torch

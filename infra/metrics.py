@@ -51,7 +51,7 @@ def environment(device, precision):
 def git_commit():
     """Return {"commit": of this program, "dirty": whether its files differ from it}.
 
-    Both are None where git can't tell.
+    Both are None where the program is not the top level of a git repository.
     """
     try:
         commit = git_output("rev-parse", "HEAD")
@@ -62,8 +62,9 @@ def git_commit():
 
 
 def git_output(*arguments):
-    """Return what a git command prints in the folder of this program."""
-    command = ["git", "-C", Path(__file__).parent, *arguments]
+    """Return what a git command prints of the repository of this program, and of no outer one."""
+    folder = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", folder, "--git-dir=.git", "--work-tree=.", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

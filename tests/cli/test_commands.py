@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import (
+    ONE_THREAD,
     ROOT,
     RUN,
     changed_files,
@@ -281,6 +282,14 @@ def test_version_and_help_alone():
     assert run("--version").out.startswith("EMP-SSL, commit ")
     alone, asked = run(), run("--help")
     assert (alone.code, alone.out) == (0, asked.out)
+
+
+def test_python_may_leave_the_folder_of_main_py_out_of_its_path(tmp_path):
+    command = [sys.executable, ROOT / "main.py", "--version"]
+    environment = {**ONE_THREAD, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("EMP-SSL, commit ")
 
 
 def test_the_seed_is_in_the_name_of_the_folder(tiny, tmp_path):

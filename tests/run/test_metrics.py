@@ -66,6 +66,17 @@ def test_environment(finished):
         assert launch["dirty"] in (True, False)
 
 
+def test_the_commit_of_an_outer_repository_is_not_that_of_the_program(tmp_path, monkeypatch):
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "outer"], check=True)
+    (tmp_path / "program" / "infra").mkdir(parents=True)
+    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "program" / "infra" / "metrics.py"))
+    assert metrics.git_commit() == {"commit": None, "dirty": None}
+    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "infra" / "metrics.py"))
+    assert re.fullmatch("[0-9a-f]{40}", metrics.git_commit()["commit"])
+
+
 def test_each_launch_that_did_something_is_recorded(copy):
     edit(copy, eval_lr=0.5)
     assert resume(copy).code == 0
