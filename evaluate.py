@@ -21,6 +21,7 @@ PROBE_LR = 0.0075  # where there are too few images to choose one of LRS
 LRS = (0.00075, 0.0025, PROBE_LR, 0.025, 0.075, 0.25)
 MOST_CLASSES = 200  # for a confusion matrix in the result; of 1,000 it has a million numbers
 N_COLLAPSE = 1000  # training images, at most, in which signs of collapse are looked for
+TOP = 5  # classes of which one must be right for top-5
 FEW_DIMENSIONS = 5  # effective rank; trained encoders have 50 to 300 of 256 to 1,024 dimensions
 NO_SPREAD = -0.005  # uniformity; of a collapsed projection it is -0.00, trained ones have -0.7
 
@@ -181,13 +182,27 @@ def linear(weight, bias):
 def ranked(layer, x):
     """Return the five classes with the greatest logits, or all if they are fewer: int64 (M, 5)."""
     logits = layer(x)
-    return logits.topk(min(5, logits.shape[1])).indices
+    return logits.topk(min(TOP, logits.shape[1])).indices
 
 
 def accuracy(layer, x, y):
     """Return [top-1, top-5] in percent. With fewer than five classes top-5 counts all of them."""
     hits = ranked(layer, x) == y[:, None]  # (M, 5)
     return [100 * hits[:, 0].sum().item() / len(y), 100 * hits.sum().item() / len(y)]
+
+
+def has_top5(key):
+    """Whether top-5 says anything: of five classes or fewer it is always 100%.
+
+    key: that of the result of a run, with the names of the classes.
+    """
+    return len(key["data"]["class_names"]) > TOP
+
+
+def accuracy_text(result, key):
+    """Return top1, and top5 where it says anything, as the log shows them."""
+    top5 = f"  top-5 {result['top5']:.2f}%" if has_top5(key) else ""
+    return f"top-1 {result['top1']:.2f}%{top5}"
 
 
 def confusion_matrix(truth, predicted, n_classes):

@@ -23,6 +23,7 @@ from encode import check_views, encode_split
 from evaluate import (
     METRICS,
     N_COLLAPSE,
+    accuracy_text,
     collapse_text,
     collapse_warning,
     fit_probe,
@@ -248,10 +249,8 @@ def probe_and_report(run, encoded):
 
 def log_accuracies(result):
     """Print the accuracies of the probe and of the other metrics."""
-    log.info(
-        f"linear probe     top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  last epoch, "
-        f"{result['n_test']} images"
-    )
+    text = accuracy_text(result, result["key"])
+    log.info(f"linear probe     {text}  last epoch, {result['n_test']} images")
     chosen = " chosen on a tenth of the training images" if result["held_out"] else ""
     log.info(f"                 learning rate {result['lr']:g}{chosen}")
     log.info(

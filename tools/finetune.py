@@ -13,7 +13,7 @@ from torch import nn
 
 from data import Images, select
 from encode import batch_size
-from evaluate import accuracy, linear
+from evaluate import accuracy, accuracy_text, linear
 from experiment import Run, load_or_compute, stage_key
 from hparams import SETTINGS, Hparams
 from images.cache import batches, index_for, on_device
@@ -151,19 +151,19 @@ def compare_starts(trial, starts, encoded):
     labels = encoded["train"]["labels"]
     n_classes = len(run.fingerprints["class_names"])
     index = few_labels(labels, trial.label_fraction, n_classes, trial.hp.seed)
-    images = Images(run.hp, run.fingerprints)
-    trial.folder.mkdir(parents=True, exist_ok=True)
-    files.remove_temporary(trial.folder)
     result = {
         "n_labels": len(index),
         "n_train": len(labels),
         "n_test": len(encoded["test"]["labels"]),
+        "probe": probe_few(trial, encoded, index),  # before training, which takes longer
     }
+    images = Images(run.hp, run.fingerprints)
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    files.remove_temporary(trial.folder)
     for name, start in starts.items():
         key = {**trial.key, "start": name}
         compute = partial(train_and_score, trial, name, start, images, index)
         result[name] = load_or_compute(trial.folder / f"{name}.pt", key, compute)["result"]
-    result["probe"] = probe_few(trial, encoded, index)
     return result
 
 
@@ -274,8 +274,6 @@ def log_result(result, folder):
     log.info(f"labels           {result['n_labels']} of {result['n_train']} training images")
     for name, title in TITLES.items():
         if name in result:
-            accuracies = result[name]
-            top1 = f"top-1 {accuracies['top1']:.2f}%"
-            log.info(f"{title:16} {top1}  top-5 {accuracies['top5']:.2f}%")
+            log.info(f"{title:16} {accuracy_text(result[name], result['key'])}")
     log.info(f"                 of {result['n_test']} test images, last epoch")
     log.info(f"files            {folder}")

@@ -46,17 +46,17 @@ def probe_command(args):
     n_classes = len(run.fingerprints["class_names"])
     fractions = args.label_fractions
     if not fractions:
-        fractions = [part for part in FRACTIONS if round(part * len(labels)) >= n_classes]
-    n_eval_epochs = run.hp.n_eval_epochs
+        fractions = [part for part in FRACTIONS if round(part * len(labels)) >= n_classes] or [1.0]
+    choices = {}
     for fraction in fractions:
+        seeds = [run.hp.seed + i for i in range(N_CHOICES if fraction < 1 else 1)]
+        choices[fraction] = [few_labels(labels, fraction, n_classes, seed) for seed in seeds]
+    n_eval_epochs = run.hp.n_eval_epochs
+    for fraction, indices in choices.items():
         n_epochs = n_eval_epochs if fraction == 1 else max(n_eval_epochs, N_EPOCHS)
-        n_choices = N_CHOICES if fraction < 1 else 1
-        choices = [
-            few_labels(labels, fraction, n_classes, run.hp.seed + i) for i in range(n_choices)
-        ]
-        top1 = [fit_few(run, encoded, index, n_epochs)["top1"] for index in choices]
-        text = f"{len(choices[0]):7,} labels  top-1 {sum(top1) / n_choices:.2f}%"
-        if n_choices > 1:
+        top1 = [fit_few(run, encoded, index, n_epochs)["top1"] for index in indices]
+        text = f"{len(indices[0]):7,} labels  top-1 {sum(top1) / len(top1):.2f}%"
+        if len(top1) > 1:
             text += f"  {min(top1):.2f} to {max(top1):.2f}, by the choice of images"
         log.info(text)
     log.info(f"linear probe, last epoch, {len(encoded['test']['labels']):,} test images")
@@ -83,9 +83,10 @@ def few_labels(labels, fraction, n_classes, seed):
     """
     n = round(fraction * len(labels))
     if n < n_classes:
+        way_out = "raise it" if len(labels) >= n_classes else "use a run with more training images"
         raise UsageError(
             f"label_fraction {fraction:g} of {len(labels)} images is {n}, fewer than the "
-            f"{n_classes} classes: raise it"
+            f"{n_classes} classes: {way_out}"
         )
     return balanced_subset(labels, len(labels), n, generator(seed, "labels"))
 

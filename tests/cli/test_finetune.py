@@ -68,6 +68,7 @@ def test_files_and_report(undisturbed):
     assert result["n_test"] == 10
     out = finetuned(undisturbed)
     assert "labels           12 of 24 training images" in out
+    assert "top-5" not in out  # of two classes
     for name, title in finetune.TITLES.items():
         assert f"{title:16} top-1 {result[name]['top1']:.2f}%" in out
 

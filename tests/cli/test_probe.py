@@ -6,7 +6,9 @@ import torch
 from helpers import edit, fingerprints, refused, run
 from torch import nn
 
+from experiment import Run
 from infra import files
+from tools.probe import fit_few
 
 
 def lines(exp_dir, *fractions):
@@ -48,10 +50,33 @@ def test_few_labels_are_those_of_each_class_and_the_layer_sees_no_others(copy):
     assert top1 < 40
 
 
+def test_the_classes_are_those_with_names(finished):
+    """Class 2 has no training image, class 3 has none at all."""
+    train = {"embeddings": torch.eye(4)[[0, 0, 1, 1]], "labels": torch.tensor([0, 0, 1, 1])}
+    test = {"embeddings": torch.eye(4)[[0, 1, 2]], "labels": torch.tensor([0, 1, 2])}
+    exp = Run(finished).load("cpu")
+    exp.checkpoint["data"] = {"class_names": list("abcd")}
+    result = fit_few(exp, {"train": train, "test": test}, torch.arange(4), n_epochs=10)
+    assert torch.tensor(result["confusion"]).shape == (4, 4)
+    assert result["top1"] < 67
+
+
+def test_fewer_images_than_classes(copy):
+    path = copy / "artifacts" / "train.pt"
+    content = files.read_pt(path)
+    files.write_pt(
+        path, {**content, **{name: content[name][:1] for name in ("embeddings", "labels")}}
+    )
+    for fractions in ([], ["--label_fractions", "1"]):
+        result = run("probe", "--exp_dir", copy, *fractions)
+        refused(result, 2, "of 1 images is 1, fewer than the 2 classes: use a run with more")
+
+
 def test_wrong_use(copy, tmp_path):
     refused(run("probe", "--exp_dir", tmp_path), 2, "not a run folder")
-    few = run("probe", "--exp_dir", copy, "--label_fractions", "0.01")
-    refused(few, 2, "label_fraction 0.01 of 24 images is 0, fewer than the 2 classes")
+    few = run("probe", "--exp_dir", copy, "--label_fractions", "1", "0.01")
+    refused(few, 2, "label_fraction 0.01 of 24 images is 0, fewer than the 2 classes: raise it")
+    assert few.out == ""  # refused before the first is fitted
     many = run("probe", "--exp_dir", copy, "--label_fractions", "2")
     refused(many, 2, "label_fractions: must be a number above 0 to 1")
     edit(copy, emb_pool="proj")

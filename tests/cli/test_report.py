@@ -86,6 +86,7 @@ def test_a_finished_run(copy):
     assert changed_files(copy, before) == {"report.html"}
     accuracy = files.read_json(copy / "linear_accuracy.json")
     assert f"{accuracy['top1']:.2f}%" in page.text
+    assert "top-5" not in page.text  # of two classes
     assert f"{accuracy['knn_top1']:.2f}%" in page.text
     # The interval of Wilson, the roots q of (p - q)^2 = z^2 q (1 - q) / n.
     p = accuracy["top1"] / 100
@@ -350,6 +351,7 @@ def test_a_hundred_classes_and_an_older_result_without_accuracies_of_classes(tin
     page, _ = page_of(exp_dir)
     assert "Accuracy of each class" in page.text
     assert "class 99" in alts(page)
+    assert "top-5" in page.text  # of more than five classes
     main.log_accuracies(result)
     del result["per_class"]
     del result["confusion"]

@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 
 from data import Images, sample
-from evaluate import METRICS, N_COLLAPSE, PROBE_LR, Fit, confusion_matrix, linear_probe, per_class
+from evaluate import (
+    METRICS,
+    N_COLLAPSE,
+    PROBE_LR,
+    Fit,
+    confusion_matrix,
+    has_top5,
+    linear_probe,
+    per_class,
+)
 from experiment import Run, load_if_key
 from hparams import SETTINGS, yaml_value
 from infra import files
@@ -253,7 +262,7 @@ def accuracy_rows(result):
     best_epoch = f"best epoch ({result['best_epoch']}), chosen on the test images"
     rows = [
         ("95% interval, by the number of test images", low_to_high),
-        ("top-5", f"{result['top5']:.2f}%"),
+        *([("top-5", f"{result['top5']:.2f}%")] if has_top5(result["key"]) else []),
         ("of the training images themselves", f"{result['train_top1']:.2f}%"),
         (best_epoch, f"{result['best_top1']:.2f}%"),
     ]
