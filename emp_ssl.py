@@ -9,6 +9,7 @@ import torch
 from data import read_images
 from encode import check_views, encode_images
 from experiment import Run
+from images.cache import ImageFile
 from infra.errors import RunError, UsageError
 from model import Encoder
 from weights import build_encoder
@@ -37,14 +38,30 @@ class Embedder(NamedTuple):
     def embed_images(self, images):
         """Return the embeddings float32 (N, d), on the CPU, of images uint8 (N, 3, H, W).
 
-        images: a tensor or an ImageFile. Raises RunError if an embedding is not finite.
+        images: a tensor or an ImageFile. Raises TypeError for any other images, such as those in
+        [0, 1], and RunError if an embedding is not finite.
         """
+        check_images(images)
         embeddings = encode_images(self.run, self.encoder, images, "embed")["embeddings"]
         if not embeddings.isfinite().all():
             raise RunError(
                 "embeddings are not finite: set precision: fp32 in hparams.yaml of a new run"
             )
         return embeddings
+
+
+def check_images(images):
+    """Raise TypeError unless the images are uint8 (N, 3, H, W), a tensor or an ImageFile."""
+    if isinstance(images, ImageFile):
+        return
+    is_uint8 = isinstance(images, torch.Tensor) and images.dtype == torch.uint8
+    if not is_uint8 or images.ndim != 4 or images.shape[1] != 3:
+        dtype = getattr(images, "dtype", type(images).__name__)
+        shape = tuple(getattr(images, "shape", ()))
+        raise TypeError(
+            f"images must be a torch.uint8 tensor (N, 3, H, W) of values from 0 to 255, not "
+            f"{dtype} {shape}"
+        )
 
 
 def load(exp_dir, device="auto"):

@@ -350,6 +350,15 @@ def test_the_encoder_in_python(finished, images, tmp_path):
     for wrong in ([], [tmp_path / "none.png"]):
         with pytest.raises((UsageError, RunError)):
             encoder.embed(wrong)
+    for wrong in (
+        pixels / 255,
+        pixels.float(),
+        pixels[0],
+        pixels.permute(0, 2, 3, 1),
+        pixels.numpy(),
+    ):
+        with pytest.raises(TypeError, match=r"torch.uint8 tensor \(N, 3, H, W\)"):
+            encoder.embed_images(wrong)
 
 
 def test_the_description_prepares_an_image_as_the_program_does(finished, images, tmp_path):
