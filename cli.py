@@ -5,10 +5,10 @@ import difflib
 import functools
 import math
 import re
-from pathlib import Path
 
 from experiment import Run
 from hparams import LIGHTER, PRESETS, SETTINGS, STAGES, abbreviated, from_dict
+from infra import files
 from infra.errors import UsageError
 from infra.metrics import git_commit
 from tools.cleanup import add_cleanup
@@ -117,7 +117,12 @@ def add_train(commands):
     )
     run = train.add_argument_group("experiment")
     run.add_argument("--exp_name", default="default", help="experiment name (default: default)")
-    run.add_argument("--log_folder", default=LOGS, help=f"directory name (default: {LOGS})")
+    run.add_argument(
+        "--log_folder",
+        default=LOGS,
+        type=files.user_path,
+        help=f"directory name (default: {LOGS})",
+    )
     run.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -126,6 +131,7 @@ def add_train(commands):
     )
     run.add_argument(
         "--config_from",
+        type=files.user_path,
         metavar="DIR",
         help="run folder whose hparams.yaml has the settings that are not given",
     )
@@ -159,7 +165,7 @@ def add_resume(commands):
         description="Go on with a run folder, also after its hparams.yaml was edited. Settings "
         "that are given are written into it first.",
     )
-    resume.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
+    resume.add_argument("--exp_dir", required=True, type=files.user_path, help="the run folder")
     add_settings(resume)
     return resume
 
@@ -247,8 +253,8 @@ def exp_dir_of(args, hp):
         )
     seed = "" if hp.seed == SETTINGS["seed"].default else f"_seed{hp.seed}"
     folder = f"{name}__numpatch{hp.n_patches}_bs{hp.bs}_lr{hp.lr:g}{seed}"
-    exp_dir = Path(args.log_folder) / folder
-    if args.config_from and exp_dir.resolve() == Path(args.config_from).resolve():
+    exp_dir = args.log_folder / folder
+    if args.config_from and exp_dir.resolve() == args.config_from.resolve():
         raise UsageError(
             f"{exp_dir} is the run folder that --config_from names: give the new experiment an "
             f"--exp_name"

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
@@ -40,7 +41,7 @@ MOST_VALUE = 10.0**15  # of a pixel
 
 
 def setting(stage, default, help, **bounds):
-    """Declare a setting. bounds: choices, low, high, or above=True if `low` itself is refused."""
+    """Declare a setting. bounds: choices, low, high, path, or above=True if `low` is refused."""
     return field(default=default, metadata={"stage": stage, "help": help, **bounds})
 
 
@@ -84,14 +85,14 @@ class Hparams:
         "resnet18-cifar", "network architecture", choices=tuple(BACKBONES), prefix=TIMM
     )
     weights: str | None = _model(
-        None, "file that the backbone's weights start from; timm: timm's pretrained ones"
+        None, "file that the backbone's weights start from; timm: timm's pretrained ones", path=True
     )
     h_dim: int = _model(4096, "patch embedding dimensionality", low=1, high=2**16)
     z_dim: int = _model(1024, "projection dimensionality", low=1, high=2**16)
     activation: str = _model("relu", "activation of both heads", choices=tuple(ACTIVATIONS))
     batch_norm: bool = _model(True, "batch norm in both heads")
     pretrained_proj: str | None = _model(
-        None, "checkpoint to take the projection's weights from, then kept frozen"
+        None, "checkpoint to take the projection's weights from, then kept frozen", path=True
     )
     stage_loss_weight: float = _model(
         0.0,
@@ -173,9 +174,9 @@ class Hparams:
     standardize: bool = _probe(
         False, "give each dimension of the embeddings the same mean and deviation for the probe"
     )
-    data_dir: str = _none("./datasets", "where the images are, or are downloaded to")
+    data_dir: str = _none("./datasets", "where the images are, or are downloaded to", path=True)
     labels: str | None = _none(
-        None, "folder only: CSV file with lines path,label, instead of class folders"
+        None, "folder only: CSV file with lines path,label, instead of class folders", path=True
     )
     max_pixels: int = _none(
         MAX_PIXELS, "folder only: an image with more pixels is not read, to save memory", low=1
@@ -308,6 +309,7 @@ class Setting(NamedTuple):
     low: float | None = None
     above: bool = False  # whether low itself is refused
     high: float = 2**31 - 1
+    path: bool = False  # whether ~ at its start is the home folder
 
     def check(self, value):
         """Return the value as self.type. Raises ValueError that says what it must be."""
@@ -317,7 +319,7 @@ class Setting(NamedTuple):
             value = float(value)
         if type(value) is not self.type or not self.allows(value):
             raise ValueError(f"must be {self.allowed()}, not {abbreviated(value)}")
-        return value
+        return os.path.expanduser(value) if self.path else value
 
     def allows(self, value):
         """Whether a value of self.type is a choice, within the bounds, or printable text."""

@@ -10,6 +10,7 @@ import json
 import os
 import zipfile
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,14 @@ LAST_COMMIT = {
     3: "741bd06",
     4: "f45453e",
 }  # the last commit that reads an earlier format
+
+
+def user_path(text):
+    """Return the Path that a user means: ~ at its start is the home folder.
+
+    The shell replaces it in `--out ~/x`, but not in `--out=~/x`.
+    """
+    return Path(os.path.expanduser(text))
 
 
 def temporary(path):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from experiment import Run, load_checkpoint
+from infra import files
 from infra.console import log
 from infra.errors import RunError, UsageError
 
@@ -18,7 +19,7 @@ def add_cleanup(commands):
     parser.add_argument(
         "--log_folder",
         default=Path("logs/EMP-SSL-Training"),
-        type=Path,
+        type=files.user_path,
         help="folder of run folders (default: logs/EMP-SSL-Training)",
     )
     parser.add_argument(

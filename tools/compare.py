@@ -36,7 +36,7 @@ def add_compare(commands):
     )
     parser.add_argument(
         "log_folder",
-        type=Path,
+        type=files.user_path,
         metavar="LOG_FOLDER",
         help="folder of run folders, or of such folders",
     )

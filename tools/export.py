@@ -46,7 +46,7 @@ def add_export(commands):
         description="Write the backbone, or what is given beside --format, into the run folder's "
         "export/, with code that loads it and a JSON file that describes its use.",
     )
-    parser.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
+    parser.add_argument("--exp_dir", required=True, type=files.user_path, help="the run folder")
     parser.add_argument(
         "--format", required=True, choices=tuple(EXTENSIONS), help="torchvision: a state dict"
     )
@@ -71,14 +71,18 @@ def add_embed(commands):
         description="Encode all images below a folder, by the views of the run, and write their "
         "embeddings and paths into an .npz file.",
     )
-    parser.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
+    parser.add_argument("--exp_dir", required=True, type=files.user_path, help="the run folder")
     parser.add_argument(
-        "--images", required=True, type=Path, metavar="FOLDER", help="folder of images, any tree"
+        "--images",
+        required=True,
+        type=files.user_path,
+        metavar="FOLDER",
+        help="folder of images, any tree",
     )
     parser.add_argument(
         "--out",
         required=True,
-        type=Path,
+        type=files.user_path,
         metavar="FILE.npz",
         help="embeddings (N, d) and paths (N,)",
     )

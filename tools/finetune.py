@@ -53,7 +53,7 @@ def add_finetune(commands):
         "same labels.",
     )
     add = parser.add_argument
-    add("--exp_dir", required=True, type=Path, help="the run folder")
+    add("--exp_dir", required=True, type=files.user_path, help="the run folder")
     add(
         "--label_fraction",
         type=FRACTION.parse,

@@ -1,11 +1,10 @@
 """Few labels: the linear probe on a fraction of the labels, from a run's stored embeddings."""
 
-from pathlib import Path
-
 from data import balanced_subset, why_no_probe
 from evaluate import Fit, linear_probe, tensors_of
 from experiment import Run, load_if_key
 from hparams import SETTINGS, Setting
+from infra import files
 from infra.console import log
 from infra.device import generator
 from infra.errors import RunError, UsageError
@@ -25,7 +24,7 @@ def add_probe(commands):
         "stored embeddings, and print its accuracies on all test images. Nothing is trained or "
         "written.",
     )
-    parser.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
+    parser.add_argument("--exp_dir", required=True, type=files.user_path, help="the run folder")
     parser.add_argument(
         "--label_fractions",
         type=FRACTION.parse,

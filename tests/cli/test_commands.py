@@ -16,6 +16,7 @@ from helpers import (
     RUN,
     changed_files,
     contents,
+    edit,
     fingerprints,
     refused,
     resume,
@@ -282,6 +283,38 @@ def test_version_and_help_alone():
     assert run("--version").out.startswith("EMP-SSL, commit ")
     alone, asked = run(), run("--help")
     assert (alone.code, alone.out) == (0, asked.out)
+
+
+def test_a_tilde_is_the_home_folder(copy, tmp_path, monkeypatch):
+    """In options, which the shell leaves as they are after `=`, and in hparams.yaml."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for command in (
+        "train --log_folder=~/x",
+        "train --config_from=~/x",
+        "train --data_dir=~/x",
+        "train --weights=~/x",
+        "resume --exp_dir=~/x",
+        "resume --exp_dir=. --labels=~/x",
+        "resume --exp_dir=. --pretrained_proj=~/x",
+        "report --exp_dir=~/x",
+        "export --exp_dir=~/x --format=onnx",
+        "embed --exp_dir=~/x --images=. --out=y",
+        "embed --exp_dir=. --images=~/x --out=y",
+        "embed --exp_dir=. --images=. --out=~/x",
+        "probe --exp_dir=~/x",
+        "finetune --exp_dir=~/x",
+        "cleanup --log_folder=~/x",
+        "compare ~/x",
+    ):
+        values = [str(value) for value in vars(cli.parse(command.split())).values()]
+        assert str(tmp_path / "x") in values, command
+    edit(copy, data_dir="~/data", labels="~/labels.csv", weights="~/w.pt")
+    hp = Run(copy).read_hparams()
+    assert [hp.data_dir, hp.labels, hp.weights] == [
+        f"{tmp_path}/data",
+        f"{tmp_path}/labels.csv",
+        f"{tmp_path}/w.pt",
+    ]
 
 
 def test_python_may_leave_the_folder_of_main_py_out_of_its_path(tmp_path):

@@ -76,7 +76,7 @@ def add_report(commands):
         description="Print the environment of each launch, and write report.html: one page with "
         "settings, result, curves and pictures.",
     )
-    parser.add_argument("--exp_dir", required=True, type=Path, help="the run folder")
+    parser.add_argument("--exp_dir", required=True, type=files.user_path, help="the run folder")
     parser.set_defaults(command=report_command)
 
 
