@@ -1,5 +1,6 @@
 """The encoder against torchvision and timm, its parts, and weights to start from."""
 
+import argparse
 import copy
 import sys
 
@@ -27,7 +28,7 @@ from model import (
     stage_maps,
 )
 from patches import Views
-from weights import load_backbone
+from weights import load_backbone, new_encoder
 
 X = torch.randn(3, 3, 32, 32, generator=generator(0, "t"))
 
@@ -269,6 +270,89 @@ def test_weights_to_start_from(tmp_path, caplog):
     ):
         with pytest.raises(UsageError, match=words):
             load_backbone(small, tmp_path / f"{name}.pt")
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "prefix"),
+    [
+        (lambda sd, other: under("module.", sd), "module."),
+        (lambda sd, other: {"epoch": 3, "model": sd, "optimizer": {"state": {0: other}}}, "model."),
+        (  # MoCo
+            lambda sd, other: {
+                "state_dict": under("module.encoder_q.", sd) | under("module.encoder_k.", other)
+            },
+            "state_dict.module.encoder_q.",
+        ),
+        (  # DINO
+            lambda sd, other: {
+                "student": under("module.backbone.", other),
+                "teacher": under("backbone.", sd),
+            },
+            "teacher.backbone.",
+        ),
+        (  # solo-learn, by Lightning
+            lambda sd, other: {
+                "state_dict": under("backbone.", sd) | {"classifier.weight": torch.ones(2, 2)},
+                "hyper_parameters": {"lr": 1},
+            },
+            "state_dict.backbone.",
+        ),
+    ],
+)
+def test_weights_in_the_files_of_other_programs(tmp_path, caplog, wrapped, prefix):
+    caplog.set_level("INFO")
+    ours, sd, other = (Encoder("resnet18-tiny", 8, 4).backbone.state_dict() for _ in range(3))
+    torch.save(wrapped(sd, other), tmp_path / "theirs.pth")
+    encoder = Encoder("resnet18-tiny", 8, 4)
+    load_backbone(encoder, tmp_path / "theirs.pth")
+    assert all(
+        torch.equal(value, sd[name]) for name, value in encoder.backbone.state_dict().items()
+    )
+    assert f"begin with {prefix}\n" in caplog.text
+    assert f"{len(ours)} of the {len(ours)} tensors" in caplog.text
+
+
+def under(prefix, weights):
+    """Return a state dict whose names have this prefix."""
+    return {prefix + name: value for name, value in weights.items()}
+
+
+def test_files_of_weights_that_can_not_be_taken_say_what_is_in_them(tmp_path):
+    encoder = Encoder("resnet18-tiny", 8, 4)
+    # torch.nn.Sequential of the layers of a resnet: only a batch norm has a name that fits.
+    layers = {"net.0.weight": torch.ones(64, 3, 7, 7), "net.4.0.bn1.weight": torch.ones(64)}
+    for content, words in (
+        ({"state_dict": layers}, "file state_dict.net.0.weight, state_dict.net.4.0.bn1.weight"),
+        ({"epoch": 1, "args": {"lr": 2}}, "is not a state dict: its keys are epoch, args"),
+        ([1], "is not a state dict"),
+        ({"student": {}, "args": argparse.Namespace(lr=1)}, "holds argparse.Namespace, .* student"),
+    ):
+        torch.save(content, tmp_path / "theirs.pth")
+        with pytest.raises(UsageError, match=words) as error:
+            load_backbone(encoder, tmp_path / "theirs.pth")
+        assert str(error.value).isprintable()
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(UsageError, match=r"it is not a file of torch.save"):
+        load_backbone(encoder, tmp_path / "text.pth")
+
+
+def test_pretrained_weights_of_timm_that_can_not_be_downloaded(monkeypatch):
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+
+    def offline(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("we couldn't connect to the hub")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    hp = Hparams(arch="timm/resnet10t", weights="timm", h_dim=8, z_dim=4)
+    with pytest.raises(UsageError, match="weights timm: .*couldn't connect.*the network") as error:
+        new_encoder(hp)
+    assert "pixels" not in str(error.value)
+    too_small = Hparams(arch="timm/vit_tiny_patch16_224", weights="timm", input_size=8)
+    with pytest.raises(UsageError, match="can't be used for 8 pixels"):
+        new_encoder(too_small)
 
 
 def test_a_run_that_starts_from_the_export_or_the_checkpoint_of_another(
