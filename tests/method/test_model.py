@@ -347,7 +347,7 @@ def test_pretrained_weights_of_timm_that_can_not_be_downloaded(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     hp = Hparams(arch="timm/resnet10t", weights="timm", h_dim=8, z_dim=4)
-    with pytest.raises(UsageError, match="weights timm: .*couldn't connect.*the network") as error:
+    with pytest.raises(UsageError, match=r"weights timm: .*couldn't connect.*the network") as error:
         new_encoder(hp)
     assert "pixels" not in str(error.value)
     too_small = Hparams(arch="timm/vit_tiny_patch16_224", weights="timm", input_size=8)
