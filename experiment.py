@@ -1,7 +1,8 @@
 """Run, a run folder: its paths, lock, checkpoints and cached stages, and what an edit allows."""
 
 import math
-from contextlib import contextmanager
+import os
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -107,15 +108,21 @@ class Run:
         """Lock the folder, join the process group and load the newest checkpoint.
 
         launch: what the journal records. start_over: ignore what is in the folder; `prepare` moves
-        it aside. Sets journal and changed, too. Raises RunError if another process has the lock,
-        and UsageError if the checkpoint does not allow what was edited. Only a damaged last.pt has
-        been written by then.
+        it aside. Sets journal and changed, too. Raises RunError if another process has the lock, or
+        training can't be written, and UsageError if the checkpoint does not allow what was edited.
+        Only a damaged last.pt has been written by then.
         """
         self.hp = hp
         self.machine = machine
         self.start_over = start_over
-        with locked(self.lock), process_group(self.device):
-            self.checkpoint = None if start_over else self.newest_checkpoint(repair=True)
+        writable = os.access(self.dir, os.W_OK) or not self.dir.exists()
+        with locked(self.lock) if writable else nullcontext(), process_group(self.device):
+            self.checkpoint = None if start_over else self.newest_checkpoint(repair=writable)
+            if not writable and not self.is_trained():
+                raise RunError(
+                    f"{self.dir} can't be written, and its training is not complete: make it "
+                    f"writable, or copy it to another place"
+                )
             self.changed = check_changes(hp, self.checkpoint, self.dir) if self.checkpoint else {}
             board = Board(self.tensorboard, self.patches) if hp.tensorboard else None
             launch = {**launch, "hparams": asdict(hp)}

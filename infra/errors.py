@@ -29,6 +29,9 @@ OUT_OF_MEMORY = (
 )
 
 
+NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def explain(error):
     """Return a one-line message for an unexpected error.
 
@@ -48,9 +51,12 @@ def explain(error):
                 f"written before is kept"
             )
         if isinstance(cause, OSError) and cause.filename is not None:
+            way_out = "repair or remove it"
+            if cause.errno in NOT_ALLOWED:
+                way_out = "make it accessible, or name another place (--out, --log_folder)"
             return (
-                f"{cause.filename} can't be used ({cause.strerror}): repair or remove it, then "
-                f"give the command again"
+                f"{cause.filename} can't be used ({cause.strerror}): {way_out}, then give the "
+                f"command again"
             )
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:1000]} (--debug shows where)"

@@ -43,12 +43,18 @@ def add_export(commands):
     parser = commands.add_parser(
         "export",
         help="write the encoder for torchvision, safetensors or ONNX",
-        description="Write the backbone, or what is given beside --format, into the run folder's "
-        "export/, with code that loads it and a JSON file that describes its use.",
+        description="Write the backbone, or what is given beside --format, into a folder, "
+        "with code that loads it and a JSON file that describes its use.",
     )
     parser.add_argument("--exp_dir", required=True, type=files.user_path, help="the run folder")
     parser.add_argument(
         "--format", required=True, choices=tuple(EXTENSIONS), help="torchvision: a state dict"
+    )
+    parser.add_argument(
+        "--out",
+        type=files.user_path,
+        metavar="FOLDER",
+        help="where to write (default: export/ in the run folder)",
     )
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--head", action="store_true", help="the backbone with the feature layer")
@@ -91,7 +97,7 @@ def add_embed(commands):
 
 
 def export_command(args):
-    """Write the encoder into the run folder's export/."""
+    """Write the encoder into a folder, by default the run folder's export/."""
     missing = [name for name in PACKAGES[args.format] if importlib.util.find_spec(name) is None]
     if missing:
         names = " ".join(PACKAGES[args.format])
@@ -104,8 +110,9 @@ def export_command(args):
         network = representation_network(run, encoder, description)
     else:
         network = exported_network(encoder, args.head)
-    run.export.mkdir(exist_ok=True)
-    for path in write(network, description, run.export):
+    folder = args.out or run.export
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in write(network, description, folder):
         log.info(f"* Wrote {path}")
 
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ import train
 from experiment import Run
 from infra import distributed, files, lock
 from infra.errors import UsageError, explain
+from tools.report import page
 
 
 @pytest.mark.parametrize("argv", ["fly", "train --patches 3", "train --lr", "resume", "report"])
@@ -279,6 +281,34 @@ def test_a_folder_that_cannot_be_written_stops_before_training(tiny, copy, tmp_p
     before = fingerprints(copy)
     monkeypatch.setattr(lock, "open", os_error(errno.EROFS), raising=False)
     assert refused(resume(copy), 1, copy, "Read-only file system")
+    assert fingerprints(copy) == before
+
+
+def test_a_finished_run_in_a_folder_that_can_not_be_written(copy, tmp_path, monkeypatch):
+    """What is done in it is shown. What would be written goes to another place, or is refused."""
+    before = fingerprints(copy)
+    writable, mkdir = os.access, Path.mkdir
+
+    def mkdir_elsewhere(path, *args, **options):
+        if path == copy / "export":
+            os_error(errno.EROFS)(path)
+        mkdir(path, *args, **options)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: path != copy and writable(path, mode))
+    monkeypatch.setattr(lock, "open", os_error(errno.EROFS), raising=False)
+    monkeypatch.setattr(Path, "mkdir", mkdir_elsewhere)
+    monkeypatch.setattr(page, "page", lambda *args: "page")
+    result = resume(copy)
+    assert (result.code, result.err) == (0, "")
+    assert "linear probe" in result.out
+    assert refused(run("report", "--exp_dir", copy), 2, "--out", "can be written")
+    export = ["export", "--exp_dir", copy, "--format", "torchvision"]
+    assert refused(run(*export), 1, "Read-only file system", "--out")
+    assert run("report", "--exp_dir", copy, "--out", tmp_path / "x.html").code == 0
+    assert (tmp_path / "x.html").read_text() == "page"
+    assert run(*export, "--out", tmp_path / "new" / "folder").code == 0
+    assert (tmp_path / "new" / "folder" / "backbone.pt").exists()
+    assert refused(resume(copy, "--n_epochs 3"), 1, copy, "can't be written", "copy it")
     assert fingerprints(copy) == before
 
 

@@ -1,6 +1,7 @@
 """Figures of a report, drawn by matplotlib."""
 
 import io
+import os
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,6 +23,8 @@ THEME = "<style>svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}
 @contextmanager
 def drawing(ink=INK):
     """Within the block, matplotlib draws text and axes in this colour."""
+    # A figure in a file needs no backend, and that of a notebook stops the import outside of it.
+    os.environ.pop("MPLBACKEND", None)
     import matplotlib
 
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")

@@ -5,6 +5,7 @@ This file collects what the page shows; report.html is its jinja2 template.
 
 import importlib.util
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,15 +74,21 @@ def add_report(commands):
     parser = commands.add_parser(
         "report",
         help="a run as one page, report.html",
-        description="Print the environment of each launch, and write report.html: one page with "
+        description="Print the environment of each launch, and write one page with "
         "settings, result, curves and pictures.",
     )
     parser.add_argument("--exp_dir", required=True, type=files.user_path, help="the run folder")
+    parser.add_argument(
+        "--out",
+        type=files.user_path,
+        metavar="FILE.html",
+        help="the page (default: report.html in the run folder)",
+    )
     parser.set_defaults(command=report_command)
 
 
 def report_command(args):
-    """Write report.html.
+    """Write the page, by default report.html in the run folder.
 
     If the run is not finished or its images are gone, the page says what is missing.
     """
@@ -90,6 +97,9 @@ def report_command(args):
             raise UsageError(f"report needs {package}: pip install matplotlib scikit-learn")
     run = Run(args.exp_dir)
     run.hp = run.read_hparams()
+    out = args.out or run.report
+    if out.suffix != ".html" or not os.access(out.parent, os.W_OK):
+        raise UsageError(f"--out {out} must be a file NAME.html in a folder that can be written")
     run.checkpoint = newest_checkpoint(run)
     image_sets, missing = image_sets_of(run)
     if missing:
@@ -100,9 +110,9 @@ def report_command(args):
                 log.info(f"{name:16} {value}")
     with drawing():
         text = page(run, image_sets, missing)
-    with files.atomic_write(run.report) as file:
+    with files.atomic_write(out) as file:
         file.write(text.encode())
-    log.info(f"* Report: {run.report}, {run.report.stat().st_size / 1e6:.1f} MB")
+    log.info(f"* Report: {out}, {out.stat().st_size / 1e6:.1f} MB")
 
 
 def newest_checkpoint(run):
