@@ -226,7 +226,7 @@ def probe_and_report(run, encoded):
         result = {**probe["result"], **collapse, "key": probe["key"]}
         run.write_result(result)
         seconds["probe"] = result["seconds"]
-    run.journal.finish(run.checkpoint["metrics_bytes"], result, seconds, collapse)
+    run.journal.finish(run.checkpoint["metrics_bytes"], result, seconds, collapse, run.fingerprints)
 
     log_stage("Report")
     n_views = encoded["train"]["n_views"]

@@ -155,11 +155,11 @@ class Journal:
             self.board.open(files.read_jsonl(self.metrics_path))
 
     @on_main_process
-    def finish(self, metrics_bytes, result, seconds, collapse):
+    def finish(self, metrics_bytes, result, seconds, collapse, data):
         """Record how the launch ended, unless an earlier one ended with the same result.
 
         result: that of the probe, {} if there is none. seconds: per stage. collapse: the collapse
-        metrics.
+        metrics. data: the fingerprints of the images.
         """
         checksum = files.sealed(result)["checksum"] if result else None
         launches = read_launches(self.launches_path)
@@ -176,6 +176,7 @@ class Journal:
             end=now(),
             seconds=seconds,
             collapse=collapse,
+            data=data,
             result=checksum,
             metrics=files.file_checksum(self.metrics_path),
         )

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import shutil
 import textwrap
 from pathlib import Path
@@ -21,6 +22,10 @@ FINISHED = "finished"
 NO_PROBE = "finished, no probe"
 # The settings that change a result.
 COMPARED = [name for name, setting in SETTINGS.items() if setting.stage != "none"]
+# Settings that each row has, though they may be no column: what `is_further_seed` needs.
+HIDDEN_SETTINGS = ("seed", "n_images", "data_dir", "labels")
+# Where the seconds of a run were measured.
+MACHINE = ("device", "processor", "cores", "processes", "precision")
 # Columns of the table for people, and their digits after the point.
 DIGITS = {"top1": 2, "knn_top1": 2, "rank": 1, "seconds": 0}
 
@@ -31,8 +36,8 @@ def add_compare(commands):
         "compare",
         help="the experiments of a folder as a table",
         description="The experiments of a folder as a table: accuracies in percent, effective "
-        "rank, seconds, changed settings, and what is not finished. Runs that differ in their seed "
-        "alone are one line: their mean, and the range of top-1.",
+        "rank, seconds, changed settings, and what is not finished. Runs on the same images that "
+        "differ in their seed alone are one line: their mean, and the range of top-1.",
     )
     parser.add_argument(
         "log_folder",
@@ -81,7 +86,7 @@ def run_table(log_folder, sort=None):
         raise UsageError(f"sort {sort}: no such column; choose from {', '.join(columns)}")
     rows = []
     for name, (hp, results) in contents.items():
-        settings = {key: getattr(hp, key) for key in differing} if hp else {}
+        settings = {key: getattr(hp, key) for key in (*differing, *HIDDEN_SETTINGS)} if hp else {}
         rows.append({"experiment": name, **settings, **results})
     return columns, sorted_by(sort, rows) if sort else rows
 
@@ -115,13 +120,21 @@ def read_or_broken(run):
 
 
 def read_results_of(run):
-    """Return (Hparams, a dict of the RESULT_COLUMNS that are known). It reads small files only."""
+    """Return (Hparams, a dict of the RESULT_COLUMNS that are known). It reads small files only.
+
+    Of a finished run, the dict also has data, the fingerprints of the images; n, their number in
+    each split; and machine, where it was trained.
+    """
     hp = run.read_hparams()
     launches = run.read_launches()
     trained = [launch for launch in launches if "training" in launch.get("stages", ())]
     results = {"device": trained[-1].get("device") if trained else None, "status": status(run, hp)}
     if results["status"] in (FINISHED, NO_PROBE):
-        measured = {**launches[-1].get("collapse", {}), **run.read_result()}
+        result = run.read_result()
+        measured = {**launches[-1].get("collapse", {}), **result}
+        results["data"] = launches[-1].get("data") or result.get("key", {}).get("data", {})
+        results["n"] = [result.get("n_train"), result.get("n_test")]
+        results["machine"] = [trained[-1].get(name) for name in MACHINE] if trained else []
         for name in (*ACCURACIES, *COLLAPSE):
             if name in measured:
                 results[name] = measured[name]
@@ -162,7 +175,7 @@ def last_step(run):
 def as_csv(columns, rows):
     """Return the table as comma-separated values."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer = csv.DictWriter(out, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue().rstrip("\n")
@@ -171,8 +184,8 @@ def as_csv(columns, rows):
 def as_text(columns, rows, width=80):
     """Return the table for people, as wide as a terminal.
 
-    Finished runs that differ in their seed alone share a line. The last column is wrapped, and
-    columns without any value are left out.
+    Finished runs on the same images that differ in their seed alone share a line. The last column
+    is wrapped, and columns without any value are left out.
     """
     settings = [name for name in columns if name not in ("experiment", *RESULT_COLUMNS)]
     lines = [["experiment", "runs", *DIGITS, "changed settings"]]
@@ -197,20 +210,60 @@ def as_text(columns, rows, width=80):
 
 def grouped(rows, settings):
     """Return lists of rows: those that share a line of the table for people."""
-    groups = {}
-    for i, row in enumerate(rows):
-        key = i
-        if row["status"] in (FINISHED, NO_PROBE):
-            key = tuple(str(row.get(name)) for name in settings if name != "seed")
-        groups.setdefault(key, []).append(row)
-    return list(groups.values())
+    groups = []
+    for row in rows:
+        group = next((group for group in groups if is_further_seed(row, group, settings)), None)
+        if group:
+            group.append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def is_further_seed(row, group, settings):
+    """Whether the run of a row and those of a group differ in their seeds alone.
+
+    A copy of one of them has its seed, and a run that --no-resume moved aside was replaced.
+    """
+    first = group[0]
+    if any(one["status"] not in (FINISHED, NO_PROBE) for one in (row, first)):
+        return False
+    if any(is_moved_aside(one["experiment"]) for one in (row, first)):
+        return False
+    if row["seed"] in [other["seed"] for other in group]:
+        return False
+    is_same = all(str(row[name]) == str(first[name]) for name in settings if name != "seed")
+    return is_same and have_same_data(row, first)
+
+
+def have_same_data(one, other):
+    """Whether two rows are of runs on the same images, but for what their seeds chose of them.
+
+    A seed chooses the training images with n_images, and the held-out test images where there is no
+    test/. Then the folder and the numbers of images must be the same.
+    """
+    same_folder = all(one[name] == other[name] for name in ("data_dir", "labels", "n"))
+    if not (one["data"] and other["data"]):  # a run without labels of an earlier version
+        return same_folder
+    if one["data"] == other["data"]:
+        return True
+    if one["data"]["class_names"] != other["data"]["class_names"]:
+        return False
+    if one["data"]["test"] != other["data"]["test"]:
+        return same_folder
+    return one["n_images"] is not None and (one["data"]["test"] is not None or same_folder)
 
 
 def means(group):
-    """Return the text of each column of DIGITS: the means of some rows, and the range of top-1."""
+    """Return the text of each column of DIGITS: the means of some rows, and the range of top-1.
+
+    The seconds of different machines have no mean.
+    """
     texts = []
     for name, digits in DIGITS.items():
         values = [row[name] for row in group if row.get(name) is not None]
+        if name == "seconds" and any(row["machine"] != group[0]["machine"] for row in group[1:]):
+            values = []
         text = f"{sum(values) / len(values):.{digits}f}" if values else ""
         if name == "top1" and len(values) > 1:
             text += f" ({min(values):.1f}-{max(values):.1f})"
@@ -234,7 +287,13 @@ def changes(group, settings):
     return " ".join(texts)
 
 
+def is_moved_aside(name):
+    """Whether a run folder has the name that Run.move_aside gives it."""
+    return re.search(r"\.old\d+$", name) is not None
+
+
 def display_name(name, width=30):
     """Return the name of a run folder without the settings in it."""
-    name = name.partition("__numpatch")[0]
+    aside = f".{name.rpartition('.')[2]}" if is_moved_aside(name) else ""
+    name = name.partition("__numpatch")[0].removesuffix(aside) + aside
     return name if len(name) <= width else name[: width - 3] + "..."

@@ -106,6 +106,58 @@ def test_seeds_share_a_line_also_in_a_folder_of_log_folders(tiny, tmp_path, monk
     assert other.endswith("seed=3 eval_lr=1e-06")
 
 
+def imitated(finished, folder, seed=42, top1=50.0, device="cpu", n_images=None, **data):
+    """Write the small files of a run like the finished one, but for these values."""
+    folder.mkdir(parents=True)
+    shutil.copy(finished / "hparams.yaml", folder)
+    edit(folder, seed=seed, n_images=n_images or "null")
+    result = files.read_sealed(finished / "linear_accuracy.json")
+    del result["checksum"]
+    result["top1"] = top1
+    result["key"]["data"] |= data
+    files.write_json(folder / "linear_accuracy.json", files.sealed(result))
+    (launch,) = Run(finished).read_launches()
+    del launch["checksum"]
+    launch["hparams"] |= {"seed": seed, "n_images": n_images}
+    launch |= {"device": device, "data": result["key"]["data"]}
+    launch["result"] = files.sealed(result)["checksum"]
+    files.write_json(folder / "environment.json", [files.sealed(launch)])
+
+
+def test_what_is_a_further_seed(finished, tmp_path, monkeypatch):
+    """Another seed on the same images; not a copy, a run that was moved aside, or other images."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def lines(**runs):
+        logs = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, values in runs.items():
+            imitated(finished, logs / name.replace("_old", "__numpatch2.old"), **values)
+        return [line.split()[:3] for line in run("compare", logs).out.splitlines()[1:]]
+
+    a, b = {"seed": 1, "top1": 40.0}, {"seed": 2, "top1": 80.0}
+    assert lines(a=a, b=b) == [["a", "2", "60.00"]]
+    assert lines(a=a, b=b, c=a) == [["a", "2", "60.00"], ["c", "1", "40.00"]]
+    assert lines(a=a, b_old1=b) == [["a", "1", "40.00"], ["b.old1", "1", "80.00"]]
+    alone = [["a", "1", "40.00"], ["b", "1", "80.00"]]
+    other = {"train": "0", "test": "1", "class_names": ["down", "up"]}
+    assert lines(a=a, b=b | other) == alone
+    assert lines(a=a, b=b | {"train": "0"}) == alone  # the folder has grown
+    # The seed chooses of one folder: the training images, the held-out test images.
+    drawn = {"n_images": 20}
+    assert lines(a=a | drawn, b=b | drawn | {"train": "0"}) == [["a", "2", "60.00"]]
+    assert lines(a=a, b=b | {"train": "0", "test": "1"}) == [["a", "2", "60.00"]]
+
+
+def test_seconds_of_two_machines_have_no_mean(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    imitated(finished, tmp_path / "a", seed=1)
+    imitated(finished, tmp_path / "b", seed=2)
+    assert "seconds" in run("compare", tmp_path).out
+    shutil.rmtree(tmp_path / "b")
+    imitated(finished, tmp_path / "b", seed=2, device="NVIDIA H100")
+    assert "seconds" not in run("compare", tmp_path).out
+
+
 def test_a_run_without_labels_has_its_signs_of_collapse(tiny, tmp_path):
     heap = tmp_path / "heap"
     write_images(heap / "a", 12, 0)

@@ -56,7 +56,7 @@ METRIC_CURVES = {
     "top1": ("linear probe, %", "higher is better"),
 }
 # Entries of a launch that are of no interest to a reader.
-HIDDEN = ("hparams", "result", "metrics", "collapse", "listing", "checksum")
+HIDDEN = ("hparams", "result", "metrics", "collapse", "data", "listing", "checksum")
 
 
 class RunResults(NamedTuple):
