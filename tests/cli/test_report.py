@@ -279,7 +279,7 @@ def test_one_test_image_and_a_class_with_dollar_signs(tiny, images, tmp_path):
 
 def test_two_reports_at_once(copy):
     """The second begins and ends while the first writes. It is given the backend of a notebook."""
-    environment = {**os.environ, "MPLBACKEND": "module://notebook.backend"}
+    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     atomic_write = files.atomic_write(copy / "report.html")
     with atomic_write as file:
         file.write(b"first")
