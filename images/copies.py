@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from images.cache import ImageFile, digest_of
 from infra.device import generator
 
-MOST = 10_000  # test images whose near copies are searched: among 50,000 it takes seconds
+MOST_SEARCHED = 10_000  # test images whose near copies are searched: among 50,000 it takes seconds
 N_DIRECTIONS = 32  # of a random projection, by which candidates are chosen
 N_CANDIDATES = 2  # of each test image
 # Cosines of a near copy and its original. Either alone is too little: images of one kind have such
@@ -19,13 +19,15 @@ def find_copies(images, others, x, x_others, device):
     """Return which images have a copy among the others, with equal pixels or nearly so.
 
     images, others: uint8 (N, 3, H, W) and (M, 3, H, W), or ImageFiles. x, x_others: their
-    embeddings, float32 (N, d) and (M, d). Near copies are searched for at most MOST of the images.
-    Returns a dict: n, the number of images that were searched; pairs, int64 (K, 2), the rows of an
-    image and of its copy; n_equal, the number of those with equal pixels, which come first.
+    embeddings, float32 (N, d) and (M, d). Near copies are searched for at most MOST_SEARCHED of the
+    images. Returns a dict: n, the number of images that were searched; pairs, int64 (K, 2), the
+    rows of an image and of its copy; n_equal, how many have equal pixels: they come first.
     """
     pairs = equal_pairs(images, others)
     n_equal = len(pairs)
-    rows = torch.randperm(len(images), generator=generator(0, "copies"))[:MOST].sort().values
+    rows = (
+        torch.randperm(len(images), generator=generator(0, "copies"))[:MOST_SEARCHED].sort().values
+    )
     for i, j in near_pairs(rows, images, others, x, x_others, device):
         pairs.setdefault(i, j)
     return {

@@ -607,7 +607,7 @@ def test_near_copies_have_like_pixels_and_like_embeddings(monkeypatch):
     assert (found["n"], found["n_equal"], found["pairs"].tolist()) == (6, 2, pairs)
     assert "3 of 6 test images" in copies_text(found)
     # Of many images some are searched; equal ones are found among all.
-    monkeypatch.setattr("images.copies.MOST", 1)
+    monkeypatch.setattr("images.copies.MOST_SEARCHED", 1)
     found = find_copies(images, others, x, x_others, CPU)
     assert found["n"] == 1 and found["pairs"].tolist()[:2] == pairs[:2]
     none = find_copies(images[:1], others[:1], x[:1], x_others[:1], CPU)
