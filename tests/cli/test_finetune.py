@@ -112,7 +112,7 @@ def test_the_weights_are_those_of_a_plain_loop_with_torch_and_torchvision(undist
             schedule.step()
     content = files.read_pt(undisturbed / "finetune" / NAME / f"{start}.pt")
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(content["weights"][name], value, rtol=2e-3, atol=1e-3)
+        torch.testing.assert_close(content["weights"][name], value, rtol=5e-3, atol=2e-3)
     model.load_state_dict(content["weights"], strict=True)
     middle = images["test"].images[:, :, 4:12, 4:12] / 255
     x = torchvision.transforms.functional.resize(middle, [16, 16]) * 2 - 1
