@@ -66,8 +66,7 @@ def find_splits(root, labels=None):
     in train/, if there are two or more. Raises UsageError if images are missing, or the labels of
     some images.
     """
-    if not root.is_dir():
-        raise UsageError(f"data_dir {root} is not a folder")
+    check_folder(root)
     if not (root / "train").is_dir():
         train, test_folders = read_split(root), []
     else:
@@ -80,6 +79,12 @@ def find_splits(root, labels=None):
         return splits_by_folder(class_names, train, test_folders)
     test = read_split(test_folders[0]) if test_folders else None
     return Splits(train, test, [], [], [])
+
+
+def check_folder(root):
+    """Raise UsageError if root is not a folder."""
+    if not root.is_dir():
+        raise UsageError(f"data_dir {root} is not a folder")
 
 
 def read_split(folder):
@@ -317,6 +322,7 @@ def log_folder(root, labels=None):
 
     labels: the CSV file, if one is given. Raises the errors of find_splits.
     """
+    check_folder(root)
     files = find_files(root)
     log_others(files, labels)
     splits = find_splits(root, labels)
