@@ -338,7 +338,7 @@ def labels_checksum(hp):
 def listing_checksum(hp):
     """Return the checksum of the listing of a folder of images, "" for another data set."""
     is_folder = hp.dataset == "folder"
-    return folders.listing_checksum(Path(hp.data_dir), hp.labels) if is_folder else ""
+    return folders.names_checksum(Path(hp.data_dir), hp.labels) if is_folder else ""
 
 
 def load_checkpoint(path):

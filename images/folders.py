@@ -46,10 +46,10 @@ class Splits(NamedTuple):
     test: Split | None
     class_names: list  # sorted; [] without labels
     unlabelled: list  # test/ and val/ that are no test split, because only train/ has labels
-    unused_rows: list  # the Rows of a labels file that name no image of the two splits
+    unused_rows: list  # the LabelRows of a labels file that name no image of the two splits
 
 
-class Row(NamedTuple):
+class LabelRow(NamedTuple):
     """A line of a labels file."""
 
     number: int
@@ -178,7 +178,7 @@ def splits_by_file(file, root, train, test_folders):
 
 
 def read_labels(file, root):
-    """Return {location: Row} of a CSV file with a line path,label for each image.
+    """Return {location: LabelRow} of a CSV file with a line path,label for each image.
 
     The paths are relative to root, or absolute. Backslashes separate folders where no file has them
     in its name. A first line whose path is not that of an image is a header and skipped. Raises
@@ -198,7 +198,7 @@ def read_labels(file, root):
 
 
 def parse_labels(file, root):
-    """Return the Rows of a CSV file, see read_labels."""
+    """Return the LabelRows of a CSV file, see read_labels."""
     try:
         # -sig: spreadsheets put a byte-order mark at the start.
         with open(file, newline="", encoding="utf-8-sig") as lines:
@@ -219,7 +219,7 @@ def parse_labels(file, root):
             )
         if "\\" in path and not os.path.lexists(root / path):
             path = path.replace("\\", "/")
-        parsed.append(Row(number, path, label))
+        parsed.append(LabelRow(number, path, label))
     return parsed
 
 
@@ -236,7 +236,7 @@ def locations(paths):
     return places
 
 
-def listing_checksum(root, labels=None):
+def names_checksum(root, labels=None):
     """Return a checksum of the names and sizes of the images that a run on this folder reads.
 
     Not of their times: those of a copy are new. "" if root or the labels file is gone, "refused" if
@@ -405,7 +405,7 @@ def log_links(n):
 
 
 def warn_of_unused_rows(file, root, rows):
-    """Warn of the Rows of a labels file that name no image of the splits."""
+    """Warn of the LabelRows of a labels file that name no image of the splits."""
     for is_there, where in ((False, f"not in {root}"), (True, "in neither split")):
         some = [row for row in rows if (root / row.path).is_file() == is_there]
         if some:
