@@ -55,7 +55,7 @@ cache.decode_with_processes = announce
 paths = sorted(Path(sys.argv[1]).iterdir())
 print("ready", flush=True)
 sys.stdin.readline()
-content = cache.decode_once(paths, sys.argv[1], 16)
+content = cache.decode_once(paths, sys.argv[1], cache.Decoding(16))
 print(files.checksum(content["images"]), flush=True)
 """
 # The program. The workers that decode wait for ever, or kill themselves.
@@ -63,7 +63,7 @@ SLOW_DECODE = """
 import os, sys, time, main
 from images import cache
 cache.MANY = 4
-def wait(path, size):
+def wait(path, *decoding):
     os.write(1, b"decoding\\n")  # at once: with PYTHONUNBUFFERED, print() makes two writes of it
     if os.environ.get("KILL"):
         os.kill(os.getpid(), 9)
@@ -149,7 +149,7 @@ def many_images(folder, n):
 
 def test_two_processes_that_decode_the_same_folder_get_the_right_images(tmp_path):
     paths = many_images(tmp_path / "images", 400)
-    truth = files.checksum(image_cache.decode_in_memory(paths, 16)["images"])
+    truth = files.checksum(image_cache.decode_in_memory(paths, image_cache.Decoding(16))["images"])
 
     def start_decoding():
         return start(DECODE, tmp_path / "images", XDG_CACHE_HOME=str(tmp_path / "cache"))
@@ -173,7 +173,9 @@ def test_a_changed_byte_in_the_cache_is_noticed(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def decoded():
-        return image_cache.decode_once(paths, tmp_path / "images", 16)["images"]
+        return image_cache.decode_once(paths, tmp_path / "images", image_cache.Decoding(16))[
+            "images"
+        ]
 
     images = decoded()
     (cache,) = tmp_path.rglob("*.u8")
