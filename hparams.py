@@ -369,9 +369,8 @@ PRESETS = {
     "laptop": {
         "arch": "resnet10-mini",
         "input_size": 16,
-        "h_dim": 256,
+        "h_dim": 512,
         "z_dim": 128,
-        "stage_loss_weight": 3.0,
         "n_patches": 4,
         "bs": 50,
         "n_epochs": 1.2,

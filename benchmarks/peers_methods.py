@@ -239,10 +239,9 @@ SEARCH = (
             "--n_patches 2 --bs 100",
             "--bs 25",
             "--bs 100",
-            "--h_dim 512",
-            "--stage_loss_weight 0",
-            "--stage_loss_weight 1",
-            "--stage_loss_weight 10",
+            "--h_dim 1024 --z_dim 256",
+            "--h_dim 256 --stage_loss_weight 1",
+            "--h_dim 256 --stage_loss_weight 10",
             "--jitter 0.5 --blur 0 --solarise 0",
             "--arch resnet10-tiny",
             "--arch resnet18-tiny",
@@ -252,6 +251,10 @@ SEARCH = (
 EMP_SSL = partial(Method, build=build_emp_ssl, sizes=(PIXELS,))
 METHODS = {
     "preset": EMP_SSL("EMP-SSL, --preset laptop", tries=(PRESET_TRY,)),
+    "preset-stages": EMP_SSL(
+        "EMP-SSL, the preset with losses of each stage",
+        tries=(Try("muon", 0.05, "--h_dim 256 --stage_loss_weight 3"),),
+    ),
     "search": EMP_SSL("the search behind --preset laptop", tries=SEARCH),
     "simclr": Method(
         "SimCLR", partial(build_peer, simclr), (*by_muon("temperature 0.2"), Try("muon", 0.05))

@@ -157,10 +157,16 @@ def laptop_rows():
     for minutes in RUN_BUDGETS:
         title = f"the preset with `--budget {minutes}`"
         rows.append(Row("laptop", f"budget-{minutes}", title, f"--budget {minutes}"))
+    stages = Row(
+        "laptop",
+        "stages-50000",
+        "the preset with losses of each stage",
+        "--h_dim 256 --stage_loss_weight 3",
+    )
     lars = Row(
         "laptop", "lars-50000", "the preset with the losses and the encoding of the paper", PAPERS
     )
-    return [*rows, lars, Row("laptop", "untrained-50000", "the preset, untrained", "--n_epochs 0")]
+    return [*rows, stages, lars, Row("laptop", "untrained-50000", "the preset, untrained", "--n_epochs 0")]
 
 
 ROWS = [
