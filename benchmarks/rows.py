@@ -166,7 +166,12 @@ def laptop_rows():
     lars = Row(
         "laptop", "lars-50000", "the preset with the losses and the encoding of the paper", PAPERS
     )
-    return [*rows, stages, lars, Row("laptop", "untrained-50000", "the preset, untrained", "--n_epochs 0")]
+    return [
+        *rows,
+        stages,
+        lars,
+        Row("laptop", "untrained-50000", "the preset, untrained", "--n_epochs 0"),
+    ]
 
 
 ROWS = [
