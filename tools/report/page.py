@@ -270,12 +270,11 @@ def accuracy_rows(result):
     interval = binomtest(n_right, n_test).proportion_ci(method="wilson")
     low_to_high = f"{100 * interval.low:.2f}% to {100 * interval.high:.2f}%"
     best_epoch = f"best epoch ({result['best_epoch']}), chosen on the test images"
-    rows = [
-        ("95% interval, by the number of test images", low_to_high),
-        *([("top-5", f"{result['top5']:.2f}%")] if has_top5(result["key"]) else []),
-        ("of the training images themselves", f"{result['train_top1']:.2f}%"),
-        (best_epoch, f"{result['best_top1']:.2f}%"),
-    ]
+    rows = [("95% interval, by the number of test images", low_to_high)]
+    if has_top5(result["key"]):
+        rows.append(("top-5", f"{result['top5']:.2f}%"))
+    rows.append(("of the training images themselves", f"{result['train_top1']:.2f}%"))
+    rows.append((best_epoch, f"{result['best_top1']:.2f}%"))
     for name, (title, _) in METRICS.items():
         rows.append((f"{title}, top-1", f"{result[name]:.2f}%"))
     return rows
