@@ -20,13 +20,15 @@ from infra.errors import RunError, UsageError
 from infra.files import checksum
 
 MANY_COPIES = 10  # of an image, above which they are counted and told
+FEW_OF_CLASS = 20  # training images, below which a class is named
 
 
 class ImageSet(NamedTuple):
     """One split of a data set."""
 
     images: torch.Tensor  # uint8 (N, 3, H, W), or an ImageFile
-    labels: torch.Tensor | None  # int64 (N,); None if the images have no classes
+    # int64 (N,), -1 for an image without a label; None if there are no classes.
+    labels: torch.Tensor | None
     class_names: list
     # What the rows are: of a folder {"paths": list of str, relative to data_dir}; of a part of
     # another data set {"indices": int64 (N,)}; of the whole {}.
@@ -114,7 +116,7 @@ def load_folder(root, train, decoding, labels=None):
     source = {"paths": [str(split.images[i].relative_to(root)) for i in readable.tolist()]}
     if not splits.class_names:
         return ImageSet(images, None, [], source)
-    index = {name: i for i, name in enumerate(splits.class_names)}
+    index = {"": -1, **{name: i for i, name in enumerate(splits.class_names)}}
     labels = torch.tensor([index[name] for name in split.names])
     return ImageSet(images, labels[readable], splits.class_names, source)
 
@@ -222,7 +224,8 @@ def some_values(values, rng, n=10_000):
 def balanced_subset(labels, n_images, n, generator):
     """Return the sorted indices of n random images, or of all if they are fewer: int64 (n,).
 
-    They are as equally many of each class as possible. labels: int64 (n_images,) or None.
+    They are as equally many of each class as possible. labels: int64 (n_images,) or None. Images
+    without a label, -1, count as one more class, but every other class gets its first image before.
     """
     order = torch.randperm(n_images, generator=generator)
     if labels is not None:
@@ -230,7 +233,7 @@ def balanced_subset(labels, n_images, n, generator):
         rank = torch.empty_like(order)  # of each image among those of its class
         for label in shuffled.unique():
             members = shuffled == label
-            rank[members] = torch.arange(int(members.sum()))
+            rank[members] = torch.arange(int(members.sum())) + int(label < 0)
         order = order[rank.argsort(stable=True)]
     return order[:n].sort().values
 
@@ -239,6 +242,12 @@ def sample(image_set, n, seed, purpose):
     """Return n random images of an ImageSet, or all: always the same, balanced by class."""
     rng = generator(seed, purpose)
     return select(image_set, balanced_subset(image_set.labels, len(image_set.images), n, rng))
+
+
+def labelled(image_set):
+    """Return the images of an ImageSet that have a label."""
+    index = (image_set.labels >= 0).nonzero().flatten()
+    return image_set if len(index) == len(image_set.labels) else select(image_set, index)
 
 
 def select(image_set, index):
@@ -279,18 +288,30 @@ class Images:
         stand_in = not self.expected or self.expected["test"] is not None
         train, test = load_splits(self.hp, stand_in)
         if self.expected and fingerprints_of(train, test) != self.expected:
+            labels = f" or their labels in {self.hp.labels}" if self.hp.labels else ""
             raise UsageError(
-                f"the images of {self.hp.dataset} in {self.hp.data_dir} are not those that this "
-                f"run was trained on (or another version of Pillow decodes them otherwise, or its "
-                f"checkpoints are another run's): bring them back, or train under a new --exp_name"
+                f"the images of {self.hp.dataset} in {self.hp.data_dir}{labels} are not those that "
+                f"this run was trained on (or another version of Pillow decodes them otherwise, or "
+                f"its checkpoints are another run's): bring them back, or train under a new "
+                f"--exp_name{new_probe_text(self.hp) if labels else ''}"
             )
-        n_test = len(test.images) if test else 0
+        n_test = count_text(test) if test else 0
         n_classes = len(train.class_names)
-        log.info(f"* Images: {len(train.images)} train, {n_test} test, {n_classes} classes")
+        log.info(f"* Images: {count_text(train)} train, {n_test} test, {n_classes} classes")
+        if n_classes:
+            log_class_sizes(train, test)
         missing = why_no_probe(train.class_names, test)
         if missing:
             log.info(f"* There will be no linear probe: {missing}")
         return {"train": train, "test": test}
+
+
+def new_probe_text(hp):
+    """Return with which options a new run fits a probe to other labels, with the old weights."""
+    # --weights has the backbone alone.
+    pool = " --emb_pool backbone" if hp.emb_pool in ("features", "proj") else ""
+    options = f"--config_from RUN --weights RUN/checkpoints/last.pt --n_epochs 0{pool}"
+    return f" (if the labels alone are new: {options})"
 
 
 def load_splits(hp, stand_in=True):
@@ -307,6 +328,8 @@ def load_splits(hp, stand_in=True):
     train = load(True, hp.image_size, hp.labels)
     test = load(False, hp.image_size, hp.labels)
     check_classes(train)
+    if test and test.labels is not None and test.labels.max() < 0:
+        test = None  # no image of it that has a label can be read
     is_val = is_folder and test is not None and Path(test.source["paths"][0]).parts[0] == "val"
     if is_val and not stand_in:
         test = None
@@ -335,8 +358,7 @@ def check_classes(train):
     """Raise UsageError if a class has no training image: none of its files can be read."""
     if train.labels is None:
         return
-    n_images = train.labels.bincount(minlength=len(train.class_names)).tolist()
-    for name, n in zip(train.class_names, n_images, strict=True):
+    for name, n in class_sizes(train).items():
         if n == 0:
             raise UsageError(
                 f"the class {name!r} has no training image that can be read: repair one, or remove "
@@ -344,15 +366,47 @@ def check_classes(train):
             )
 
 
+def class_sizes(image_set):
+    """Return {class name: number of images} of an ImageSet with classes."""
+    labels = image_set.labels[image_set.labels >= 0]
+    n_images = labels.bincount(minlength=len(image_set.class_names)).tolist()
+    return dict(zip(image_set.class_names, n_images, strict=True))
+
+
+def count_text(image_set):
+    """Return the number of images, and how many have no label if others have one."""
+    text = f"{len(image_set.images):,}"
+    n = 0 if image_set.labels is None else int((image_set.labels < 0).sum())
+    return f"{text} ({n:,} without a label)" if n else text
+
+
+def log_class_sizes(train, test):
+    """Print the sizes of the classes if they differ much, or one has no test image."""
+    sizes = class_sizes(train)
+    fewest, most = min(sizes.values()), max(sizes.values())
+    untested = [name for name, n in class_sizes(test).items() if n == 0] if test else []
+    if most <= 2 * fewest and not untested:
+        return
+    small = sorted((n, name) for name, n in sizes.items() if n < FEW_OF_CLASS)
+    text = f"* {len(sizes)} classes of {fewest:,} to {most:,} images"
+    for title, names in (
+        (f"fewer than {FEW_OF_CLASS}", [f"{name} {n}" for n, name in small]),
+        ("without a test image", untested),
+    ):
+        if names:
+            text += f"; {title}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+    log.info(text)
+
+
 def hold_out(image_set, generator):
     """Return (rest, held out), two parts of a labelled ImageSet.
 
     Of each class a random tenth of the images is held out, at least one, and none of a class of
-    one image. The second is None if there are no others.
+    one image. Images without a label stay. The second is None if there are no others.
     """
     labels = image_set.labels
     is_held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
+    for label in range(len(image_set.class_names)):
         members = (labels == label).nonzero().flatten()
         n = min(max(1, len(members) // 10), len(members) - 1)
         is_held[members[torch.randperm(len(members), generator=generator)[:n]]] = True
@@ -360,7 +414,7 @@ def hold_out(image_set, generator):
         return image_set, None
     log.info(
         f"* No test images with labels: a tenth of the images of each class, at least one, is held "
-        f"out for the linear probe: {int(is_held.sum())} of {len(labels)}"
+        f"out for the linear probe: {int(is_held.sum())} of {int((labels >= 0).sum())}"
     )
     rest = select(image_set, (~is_held).nonzero().flatten())
     return rest, select(image_set, is_held.nonzero().flatten())

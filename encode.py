@@ -238,5 +238,5 @@ def show_embeddings(run, split, embeddings, image_set, n=1000):
     images, labels, class_names, _ = image_set
     rng = generator(run.hp.seed, "projector")
     index = balanced_subset(labels, len(images), n, rng)
-    names = ["" if labels is None else class_names[labels[i]] for i in index]
+    names = ["" if labels is None or labels[i] < 0 else class_names[labels[i]] for i in index]
     run.journal.board.add_embeddings(split, embeddings[index], subset(images, index)[:], names)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import sample
+from data import labelled, sample
 from encode import Output, encode
 from images.cache import on_device
 from infra import distributed
@@ -55,7 +55,8 @@ def linear_probe(x, y, x_test, y_test, n_classes, fit=DEFAULT_FIT, progress=no_p
     Returns (result, layer). result: top1 and top5 of the last epoch, in percent, and train_top1, of
     x itself; best_top1 and best_epoch (from 0), chosen on the test set and therefore no fair
     estimate; per_epoch, a list of [top1, top5]; confusion, confusion_matrix of the last epoch as a
-    list of lists; lr; and held_out, {lr: top-1 on the tenth}, empty if there was no choice.
+    list of lists, and what `balance` returns of it; lr; and held_out, {lr: top-1 on the tenth},
+    empty if there was no choice.
     """
     mean, scale = standardisation(x) if fit.standardize else (torch.zeros_like(x[0]), 1)
     fold = functools.partial(folded, mean=mean, scale=scale)
@@ -74,7 +75,7 @@ def linear_probe(x, y, x_test, y_test, n_classes, fit=DEFAULT_FIT, progress=no_p
         per_epoch.append(accuracy(layer, x_test, y_test))
     top1, top5 = per_epoch[-1]
     best_epoch = max(range(fit.n_epochs), key=lambda epoch: per_epoch[epoch][0])
-    predicted = ranked(layer, x_test)[:, 0]
+    confusion = confusion_matrix(y_test, ranked(layer, x_test)[:, 0], n_classes)
     result = {
         "top1": top1,
         "top5": top5,
@@ -82,7 +83,8 @@ def linear_probe(x, y, x_test, y_test, n_classes, fit=DEFAULT_FIT, progress=no_p
         "best_top1": per_epoch[best_epoch][0],
         "best_epoch": best_epoch,
         "per_epoch": per_epoch,
-        "confusion": confusion_matrix(y_test, predicted, n_classes).tolist(),
+        "confusion": confusion.tolist(),
+        **balance(confusion),
         "lr": lr,
         "held_out": held_out,
     }
@@ -214,6 +216,20 @@ def confusion_matrix(truth, predicted, n_classes):
     return torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)
 
 
+def balance(confusion):
+    """Return {"balanced_top1", "largest_class"}, in percent, of a confusion_matrix (C, C).
+
+    The mean accuracy of the classes with test images, and the share of the test images that are of
+    the most frequent class: the top-1 of always predicting it.
+    """
+    n = confusion.sum(1).double()
+    accuracies = confusion.diagonal()[n > 0] / n[n > 0]
+    return {
+        "balanced_top1": 100 * accuracies.mean().item(),
+        "largest_class": 100 * (n.max() / n.sum()).item(),
+    }
+
+
 def per_class(confusion, class_names):
     """Return {class name: top-1 in percent}; None for a class without test images.
 
@@ -299,13 +315,16 @@ def fit_probe(run, encoded):
 
 
 def tensors_of(encoded, device):
-    """Return (x, y, x_test, y_test) on the device: embeddings and labels of the two splits."""
-    x, y, x_test, y_test = (
-        encoded[split][name].to(device)
-        for split in ("train", "test")
-        for name in ("embeddings", "labels")
-    )
-    return x, y, x_test, y_test
+    """Return [x, y, x_test, y_test] on the device: embeddings and labels of the two splits.
+
+    Images without a label are left out.
+    """
+    tensors = []
+    for split in ("train", "test"):
+        x, y = (encoded[split][name].to(device) for name in ("embeddings", "labels"))
+        known = y >= 0
+        tensors += [x, y] if known.all() else [x[known], y[known]]
+    return tensors
 
 
 def effective_rank(x):
@@ -425,7 +444,7 @@ def quick_knn(run, encoder, images):
     n_views = min(4, hp.test_views.n)
     encoded = {}
     for split, n in (("train", 5000), ("test", 1000)):
-        image_set = sample(images[split], n, hp.seed, f"knn-{split}")
+        image_set = sample(labelled(images[split]), n, hp.seed, f"knn-{split}")
         output = Output(hp.emb_pool, bf16=run.bf16)
         few = encode_few(run, encoder, image_set.images, n_views, f"knn-{split}", output)
         encoded[split] = {**few, "labels": image_set.labels}

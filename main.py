@@ -236,6 +236,9 @@ def probe_and_report(run, encoded):
         log.info(f"linear probe     skipped: {missing}")
     else:
         log_accuracies(result)
+        n_unlabelled = sum(int((split["labels"] < 0).sum()) for split in encoded.values())
+        if n_unlabelled:
+            log.info(f"                 without {n_unlabelled:,} images that have no label")
     if collapse:
         log_collapse(collapse, len(encoded["train"]["embeddings"]))
     copies = encoded.get("test", {}).get("copies")
@@ -251,6 +254,11 @@ def log_accuracies(result):
     """Print the accuracies of the probe and of the other metrics."""
     text = accuracy_text(result, result["key"])
     log.info(f"linear probe     {text}  last epoch, {result['n_test']} images")
+    if "balanced_top1" in result:  # not in that of an earlier version
+        log.info(
+            f"                 balanced {result['balanced_top1']:.2f}%  always the largest class "
+            f"{result['largest_class']:.2f}%"
+        )
     chosen = " chosen on a tenth of the training images" if result["held_out"] else ""
     log.info(f"                 learning rate {result['lr']:g}{chosen}")
     log.info(

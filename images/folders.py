@@ -32,7 +32,7 @@ class Split(NamedTuple):
 
     folder: Path
     files: Files
-    names: list  # of the classes of the images, [] without labels
+    names: list  # of the classes of the images, "" for one without; [] without labels
 
     @property
     def images(self):
@@ -63,8 +63,8 @@ def find_splits(root, labels=None):
     The training images are in train/. The test images are in test/ or else in val/; if train/ has
     labels, in the first of these that has some. Without train/, all images below root are training
     images. labels: a CSV file, see read_labels. Without it the labels are the names of the folders
-    in train/, if there are two or more. Raises UsageError if images are missing, or the labels of
-    some images.
+    in train/, if there are two or more. Raises UsageError if images are missing, or the labels do
+    not fit them.
     """
     check_folder(root)
     if not (root / "train").is_dir():
@@ -137,35 +137,31 @@ def first_labelled(folders, named, has_labels):
 def splits_by_file(file, root, train, test_folders):
     """Return the Splits whose labels are those of a CSV file.
 
-    Raises UsageError if an image has no label, a file has a label that no training image has, or
-    there is one label.
+    An image may have none. Raises UsageError if no line is that of a training image, a file has a
+    label that no training image has, or there is one label.
     """
     rows = read_labels(file, root)
     labels = {place: row.label for place, row in rows.items()}
 
     def named(split):
-        return split._replace(names=[labels.get(place) for place in locations(split.images)])
+        return split._replace(names=[labels.get(place, "") for place in locations(split.images)])
 
     def has_labels(split):
         return any(split.names)
 
     train = named(train)
-    if not has_labels(train):
+    if rows.keys().isdisjoint(locations(train.images)):
         first = f"the first is that of {next(iter(rows.values())).path}" if rows else "it has none"
         raise UsageError(
             f"labels {file}: no line is that of an image in {train.folder}: {first}, the first "
             f"image is {train.images[0].relative_to(root)}; paths are relative to {root}"
         )
     test, unlabelled = first_labelled(test_folders, named, has_labels)
-    images = train.images + (test.images if test else [])
-    names = train.names + (test.names if test else [])
-    missing = [path for path, name in zip(images, names, strict=True) if name is None]
-    if missing:
-        raise UsageError(f"labels {file}: {missing[0]} and {len(missing) - 1} more have no label")
-    known = set(train.names)
-    used = set(locations(images))
+    known = set(train.names) - {""}
+    used = set(locations(train.images + (test.images if test else [])))
     for place, row in rows.items():
-        if row.label not in known and (place in used or (root / row.path).is_file()):
+        is_unknown = row.label and row.label not in known
+        if is_unknown and (place in used or (root / row.path).is_file()):
             raise UsageError(
                 f"labels {file}: row {row.number} gives {row.path} the label {row.label!r}, which "
                 f"no training image has (those are in {train.folder}): add some, or remove the row "
@@ -178,12 +174,12 @@ def splits_by_file(file, root, train, test_folders):
 
 
 def read_labels(file, root):
-    """Return {location: LabelRow} of a CSV file with a line path,label for each image.
+    """Return {location: LabelRow} of a CSV file with lines path,label.
 
     The paths are relative to root, or absolute. Backslashes separate folders where no file has them
-    in its name. A first line whose path is not that of an image is a header and skipped. Raises
-    UsageError if the file can't be read, a line does not have a path and a label, or two lines
-    contradict each other.
+    in its name. A label may be empty. A first line whose path is not that of an image is a header
+    and skipped. Raises UsageError if the file can't be read, a line does not have a path and a
+    label, or two lines contradict each other.
     """
     rows = {}
     parsed = parse_labels(file, root)
@@ -208,14 +204,16 @@ def parse_labels(file, root):
     parsed = []
     for number, row in rows:
         if len(row) != 2:
-            raise UsageError(f"labels {file}: row {number} has {len(row)} columns, not path,label")
+            raise UsageError(
+                f"labels {file}: row {number} has {len(row)} columns, not path,label separated by "
+                f"commas"
+            )
         path, label = (text.strip() for text in row)
         if number == 1 and Path(path).suffix.lower() not in SUFFIXES:
             continue
-        if not path or not label:
+        if not path:
             raise UsageError(
-                f"labels {file}: row {number} ({path},{label}) needs both a path and a label: "
-                f"complete or remove it"
+                f"labels {file}: row {number} (,{label}) needs a path: complete or remove it"
             )
         if "\\" in path and not os.path.lexists(root / path):
             path = path.replace("\\", "/")

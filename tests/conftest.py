@@ -71,6 +71,26 @@ def finished(tiny, tmp_path_factory):
     return logs / RUN
 
 
+@pytest.fixture(scope="session")
+def half_labelled(tiny, images, tmp_path_factory):
+    """The folder of such a run with a CSV file: half of the training images have no label.
+
+    Of the ten test images four have one. half_labelled.parent / "labels.csv" is the file.
+    """
+    logs = tmp_path_factory.mktemp("half_labelled")
+    lines = []
+    for name in ("across", "down"):
+        lines += [f"train/{name}/{i}.png,{name}\n" for i in range(6)]
+        lines += [f"train/{name}/{i}.png,\n" for i in (6, 7)]  # the others have no line
+        lines += [f"test/{name}/{i}.png,{name}\n" for i in (1, 3)]
+    (logs / "labels.csv").write_text("".join(lines))
+    options = ["--labels", logs / "labels.csv", "--eval_freq", "6", "--log_folder", logs]
+    result = run(*tiny, *options)
+    assert (result.code, result.err.count("\n")) == (0, 2), result.err  # two warnings of a collapse
+    (logs / "out.txt").write_text(result.out)
+    return logs / RUN
+
+
 @pytest.fixture
 def copy(finished, tmp_path):
     """The finished run in a folder of the test's own, moved and renamed."""

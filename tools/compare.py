@@ -14,7 +14,7 @@ from infra import files
 from infra.console import log
 from infra.errors import UsageError
 
-ACCURACIES = ("top1", "top5", *METRICS)
+ACCURACIES = ("top1", "balanced", "top5", *METRICS)
 COLLAPSE = ("rank", "alignment", "uniformity")  # as in evaluate.collapse_metrics
 RESULT_COLUMNS = (*ACCURACIES, *COLLAPSE, "seconds", "device", "status")
 # The status of a run whose results count.
@@ -27,7 +27,7 @@ HIDDEN_SETTINGS = ("seed", "n_images", "data_dir", "labels")
 # Where the seconds of a run were measured.
 MACHINE = ("device", "processor", "cores", "processes", "precision")
 # Columns of the table for people, and their digits after the point.
-DIGITS = {"top1": 2, "knn_top1": 2, "rank": 1, "seconds": 0}
+DIGITS = {"top1": 2, "balanced": 2, "knn_top1": 2, "rank": 1, "seconds": 0}
 
 
 def add_compare(commands):
@@ -132,6 +132,7 @@ def read_results_of(run):
     if results["status"] in (FINISHED, NO_PROBE):
         result = run.read_result()
         measured = {**launches[-1].get("collapse", {}), **result}
+        results["balanced"] = result.get("balanced_top1")
         results["data"] = launches[-1].get("data") or result.get("key", {}).get("data", {})
         results["n"] = [result.get("n_train"), result.get("n_test")]
         results["machine"] = [trained[-1].get(name) for name in MACHINE] if trained else []
@@ -199,7 +200,7 @@ def as_text(columns, rows, width=80):
         start = "".join(cell.ljust(n + 2) for cell, n in zip(cells, widths, strict=True))
         wrapped = textwrap.wrap(
             end,
-            max(width, len(start) + 20),
+            max(width, len(start) + 16),
             initial_indent=start,
             subsequent_indent=" " * len(start),
             break_on_hyphens=False,

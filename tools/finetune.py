@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import Images, select
+from data import Images, labelled, select
 from encode import batch_size
-from evaluate import accuracy, accuracy_text, linear
+from evaluate import accuracy, accuracy_text, balance, confusion_matrix, linear, tensors_of
 from experiment import Run, load_or_compute, stage_key
 from hparams import SETTINGS, Hparams
 from images.cache import batches, index_for, on_device
@@ -148,13 +148,13 @@ def compare_starts(trial, starts, encoded):
     starts: {name: function that returns the encoder to begin with}.
     """
     run = trial.run
-    labels = encoded["train"]["labels"]
+    _, labels, _, y_test = tensors_of(encoded, "cpu")
     n_classes = len(run.fingerprints["class_names"])
     index = few_labels(labels, trial.label_fraction, n_classes, trial.hp.seed)
     result = {
         "n_labels": len(index),
         "n_train": len(labels),
-        "n_test": len(encoded["test"]["labels"]),
+        "n_test": len(y_test),
         "probe": probe_few(trial, encoded, index),  # before training, which takes longer
     }
     images = Images(run.hp, run.fingerprints)
@@ -173,26 +173,29 @@ def probe_few(trial, encoded, index):
     # An epoch of few labels is few steps: use at least as many epochs as fine-tuning.
     n_epochs = max(trial.hp.n_eval_epochs, int(trial.hp.n_epochs))
     result = fit_few(trial.run, encoded, index, n_epochs)
-    return {name: result[name] for name in ("top1", "top5", "train_top1", "lr", "held_out")}
+    names = ("top1", "balanced_top1", "top5", "train_top1", "lr", "held_out")
+    return {name: result[name] for name in names}
 
 
 def train_and_score(trial, name, start, images, index):
-    """Train a backbone and a linear head on the images of an index, int64 (n,).
+    """Train a backbone and a linear head on an index, int64 (n,), of the labelled images.
 
     Return what <name>.pt holds: weights, with torchvision's names, class_names, and result, the
     accuracies in percent.
     """
     log_stage(f"Training on {len(index)} labels, {TITLES[name]}")
     device = trial.run.device
-    train_set = select(images["train"], index)
-    test_set = images["test"]
+    train_set = select(labelled(images["train"]), index)
+    test_set = labelled(images["test"])
     class_names = train_set.class_names
     network = classifier(start(), len(class_names))
     network = network.to(device, memory_format=torch.channels_last)
     finetune(trial, network, on_device(train_set.images, device), train_set.labels.to(device))
     scores = predict(trial.hp, trial.run.machine, network, on_device(test_set.images, device))
-    top1, top5 = accuracy(nn.Identity(), scores, test_set.labels.to(device))
-    result = {"top1": top1, "top5": top5}
+    labels = test_set.labels.to(device)
+    top1, top5 = accuracy(nn.Identity(), scores, labels)
+    confusion = confusion_matrix(labels, scores.argmax(1), len(class_names))
+    result = {"top1": top1, "top5": top5, **balance(confusion)}
     return {"weights": network.state_dict(), "class_names": class_names, "result": result}
 
 
@@ -271,9 +274,12 @@ def predict(hp, machine, network, images):
 def log_result(result, folder):
     """Print the accuracies side by side."""
     log_stage("Report")
-    log.info(f"labels           {result['n_labels']} of {result['n_train']} training images")
+    n_labels, n_train = result["n_labels"], result["n_train"]
+    log.info(f"labels           {n_labels} of {n_train} training images that have one")
     for name, title in TITLES.items():
         if name in result:
-            log.info(f"{title:16} {accuracy_text(result[name], result['key'])}")
+            balanced = result[name].get("balanced_top1")  # None in that of an earlier version
+            text = accuracy_text(result[name], result["key"])
+            log.info(f"{title:16} {text}" + (f"  balanced {balanced:.2f}%" if balanced else ""))
     log.info(f"                 of {result['n_test']} test images, last epoch")
     log.info(f"files            {folder}")

@@ -1,5 +1,7 @@
 """Few labels: the linear probe on a fraction of the labels, from a run's stored embeddings."""
 
+from statistics import mean
+
 from data import balanced_subset, why_no_probe
 from evaluate import Fit, linear_probe, tensors_of
 from experiment import Run, load_if_key
@@ -41,7 +43,7 @@ def probe_command(args):
     """Print a line for each fraction: the mean of top-1 over the choices of images, its range."""
     run = Run(args.exp_dir).load(args.device)
     encoded = load_embeddings(run)
-    labels = encoded["train"]["labels"]
+    _, labels, _, y_test = tensors_of(encoded, "cpu")
     n_classes = len(run.fingerprints["class_names"])
     fractions = args.label_fractions
     if not fractions:
@@ -53,12 +55,13 @@ def probe_command(args):
     n_eval_epochs = run.hp.n_eval_epochs
     for fraction, indices in choices.items():
         n_epochs = n_eval_epochs if fraction == 1 else max(n_eval_epochs, N_EPOCHS)
-        top1 = [fit_few(run, encoded, index, n_epochs)["top1"] for index in indices]
-        text = f"{len(indices[0]):7,} labels  top-1 {sum(top1) / len(top1):.2f}%"
+        results = [fit_few(run, encoded, index, n_epochs) for index in indices]
+        top1, balanced = ([r[name] for r in results] for name in ("top1", "balanced_top1"))
+        text = f"{len(indices[0]):7,} labels  top-1 {mean(top1):.2f}%"
         if len(top1) > 1:
             text += f"  {min(top1):.2f} to {max(top1):.2f}, by the choice of images"
-        log.info(text)
-    log.info(f"linear probe, last epoch, {len(encoded['test']['labels']):,} test images")
+        log.info(f"{text}  balanced {mean(balanced):.2f}%")
+    log.info(f"linear probe, last epoch, {len(y_test):,} test images")
 
 
 def load_embeddings(run):
@@ -91,7 +94,7 @@ def few_labels(labels, fraction, n_classes, seed):
 
 
 def fit_few(run, encoded, index, n_epochs):
-    """Fit the linear probe of a run to the training images of an index, int64 (n,).
+    """Fit the linear probe of a run to an index, int64 (n,), of its labelled training images.
 
     Return the result of evaluate.linear_probe. Raises RunError if a weight is not finite.
     """

@@ -44,6 +44,7 @@ def test_results_are_shown_of_finished_runs_alone_and_what_differs(logs):
     for name in ("a", "b"):
         result = files.read_json(logs / name / "linear_accuracy.json")
         assert float(table[name]["top1"]) == result["top1"]
+        assert float(table[name]["balanced"]) == result["balanced_top1"]
         assert float(table[name]["knn_top1"]) == result["knn_top1"]
         assert table[name]["device"] == "cpu"
         assert table[name]["status"] == "finished"
@@ -71,7 +72,8 @@ def test_the_table_for_people_fits_80_columns_and_wraps_the_last(logs, monkeypat
     monkeypatch.setenv("COLUMNS", "80")
     header, *lines = run("compare", logs).out.splitlines()
     assert max(map(len, [header, *lines])) <= 80
-    assert header.split() == "experiment runs top1 knn_top1 rank seconds changed settings".split()
+    names = "experiment runs top1 balanced knn_top1 rank seconds changed settings"
+    assert header.split() == names.split()
     start = header.index("changed settings")
     first_words = [line[start:].split()[0] for line in lines if line[0] != " "]
     assert first_words == [
@@ -87,7 +89,7 @@ def test_the_table_for_people_fits_80_columns_and_wraps_the_last(logs, monkeypat
 
 def test_seeds_share_a_line_also_in_a_folder_of_log_folders(tiny, tmp_path, monkeypatch):
     """The mean and range, of runs that differ in the seed alone; not of one with another rate."""
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "100")
     folder = tmp_path / "logs" / "one"
     for seed, options in ((1, ()), (2, ()), (3, ("--eval_lr", "1e-6"))):
         argv = [*tiny, "--n_epochs", "1", "--seed", seed, *options, "--log_folder", folder]

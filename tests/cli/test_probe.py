@@ -22,7 +22,8 @@ def lines(exp_dir, *fractions):
 def test_all_labels_give_the_accuracy_of_the_run_and_nothing_is_written(finished):
     before = fingerprints(finished)
     result = files.read_json(finished / "linear_accuracy.json")
-    assert lines(finished, 1.0) == {24: (result["top1"], "")}
+    balanced = f"  balanced {result['balanced_top1']:.2f}%"
+    assert lines(finished, 1.0) == {24: (result["top1"], balanced)}
     assert lines(finished, 0.25, 0.5).keys() == {6, 12}
     default = run("probe", "--exp_dir", finished).out
     assert re.findall(r"(\d+) labels", default) == ["2", "24"]  # 1% are none
@@ -41,7 +42,8 @@ def test_few_labels_are_those_of_each_class_and_the_layer_sees_no_others(copy):
         content["embeddings"] = noise + 4 * nn.functional.one_hot(content["labels"], 8)
         files.write_pt(path, content)
     ((top1, rest),) = lines(copy, 0.25).values()
-    low, high = re.fullmatch(r"  ([\d.]+) to ([\d.]+), by the choice of images", rest).groups()
+    words = r"  ([\d.]+) to ([\d.]+), by the choice of images  balanced [\d.]+%"
+    low, high = re.fullmatch(words, rest).groups()
     assert float(low) <= top1 <= float(high)
     assert top1 > 60
     content = files.read_pt(copy / "artifacts" / "train.pt")

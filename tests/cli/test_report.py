@@ -26,10 +26,12 @@ from helpers import (
 from PIL import Image
 
 import main
+from data import ImageSet
 from evaluate import confusion_matrix
 from infra import files
 from tools.report import gallery
 from tools.report.figures import map_figure
+from tools.report.page import accuracy_rows
 
 
 class Page(HTMLParser):
@@ -159,6 +161,18 @@ def test_neighbours_are_the_nearest_training_images(copy):
 def test_a_map_of_equal_embeddings():
     """Those of a collapsed encoder."""
     assert map_figure(torch.ones(10, 16), torch.arange(10) % 2, ["a", "b"])
+
+
+def test_images_without_a_label_are_grey_on_the_map_and_neither_right_nor_wrong():
+    x = torch.randn(10, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(10) % 3 - 1
+    (ax,) = map_figure(x, labels, ["a", "b"]).axes
+    points = {dots.get_label(): len(dots.get_offsets()) for dots in ax.collections}
+    assert points == {"no label": 4, "a": 3, "b": 3}
+    image_set = ImageSet(pictures(3), torch.tensor([-1, 0, 1]), ["a", "b"])
+    thumbs = [gallery.neighbour_thumb(image_set, i, 0.5, "b") for i in torch.arange(3)]
+    assert [thumb.mark for thumb in thumbs] == ["", "wrong", "right"]
+    assert thumbs[0].alt == "neighbour: no label"
 
 
 def test_confusions():
@@ -353,10 +367,12 @@ def test_a_hundred_classes_and_an_older_result_without_accuracies_of_classes(tin
     assert "Accuracy of each class" in page.text
     assert "class 99" in alts(page)
     assert "top-5" in page.text  # of more than five classes
+    assert "balanced, the mean over the classes" in page.text
     main.log_accuracies(result)
-    del result["per_class"]
-    del result["confusion"]
+    for name in ("per_class", "confusion", "balanced_top1", "largest_class"):
+        del result[name]
     main.log_accuracies(result)
+    assert "balanced" not in str(accuracy_rows(result))
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "sklearn"])

@@ -17,8 +17,10 @@ from evaluate import (
     Fit,
     accuracy,
     alignment,
+    balance,
     collapse_metrics,
     collapse_warning,
+    confusion_matrix,
     effective_rank,
     knn,
     linear_probe,
@@ -277,6 +279,20 @@ def test_accuracy_counts_every_row():
     labels = torch.tensor([0, 1, 2, 6, 0, 0, 6])
     expected = [100 * 4 / 7, 100 * 6 / 7]
     assert accuracy(torch.nn.Identity(), logits, labels) == pytest.approx(expected)
+
+
+def test_the_balanced_accuracy_and_the_largest_class():
+    """Of six classes, the first is frequent, the last has no test images but is predicted."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = torch.Generator().manual_seed(0)
+    truth = torch.cat([torch.zeros(60, dtype=int), torch.randint(5, (40,), generator=random)])
+    predicted = torch.where(torch.rand(100, generator=random) < 0.6, truth, 5 - truth)
+    result = balance(confusion_matrix(truth, predicted, 6))
+    with pytest.warns(UserWarning, match="not in y_true"):
+        expected = 100 * metrics.balanced_accuracy_score(truth, predicted)
+    assert result["balanced_top1"] == pytest.approx(expected)
+    assert result["largest_class"] == 100 * metrics.accuracy_score(truth, torch.zeros(100))
+    assert abs(expected - 100 * metrics.accuracy_score(truth, predicted)) > 2
 
 
 def test_knn_equals_a_plain_loop():

@@ -19,17 +19,19 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from helpers import ONE_THREAD, ROOT, RUN, contents, pictures, run
+from helpers import ONE_THREAD, ROOT, RUN, contents, pictures, refused, run
 from PIL import Image
 from torchvision import datasets
 
 import data
 import main
+from evaluate import Fit, knn, linear_probe
 from experiment import n_steps_in
 from hparams import Hparams
 from images import cache as image_cache
 from images.copies import copies_text, find_copies
 from images.folders import find_images
+from infra import files
 from infra.device import generator
 from infra.errors import RunError, UsageError
 from train import train_step, warn_of_few_steps
@@ -902,8 +904,11 @@ def test_a_labels_file_with_a_byte_order_mark_a_header_or_too_many_lines(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a.png,x\nb.png,\n", r"row 2 \(b\.png,\) needs both a path and a label"),
-        ("a.png,x\n\n , y\n", r"row 3 \(,y\) needs both"),
+        ("a.png,x\nb.png,\n", "there are fewer than two labels"),
+        ("a.png,\nb.png,\n", "there are fewer than two labels"),
+        ("a.png,x\nb.png,y\na.png,\n", "row 3 gives a.png the label '', an earlier one 'x'"),
+        ("a.png,x\n\n , y\n", r"row 3 \(,y\) needs a path"),
+        ("a.png;x\nb.png;y\n", "row 1 has 1 columns, not path,label separated by commas"),
         ("images/a.png,x\nimages/b.png,y\n", "first is that of images/a.png, .* image is a.png; "),
         ("path,label\n", "no line is that of an image in .*: it has none"),
     ],
@@ -911,6 +916,119 @@ def test_a_labels_file_with_a_byte_order_mark_a_header_or_too_many_lines(
 def test_a_labels_file_that_does_not_fit_names_the_line(tmp_path, text, words):
     with pytest.raises(UsageError, match=words):
         labelled(tmp_path, text, "utf-8")
+
+
+def test_images_without_a_label_are_trained_on_and_left_out_of_the_accuracies(half_labelled):
+    """Of both splits. The oracle has the labels of the CSV file and scikit-learn's measures."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    rows = (half_labelled.parent / "labels.csv").read_text().split()
+    names = dict(row.split(",") for row in rows)
+    classes = ["", "across", "down"]
+    embeddings, truth = {}, {}
+    for split, n in (("train", 24), ("test", 10)):
+        content = files.read_pt(half_labelled / "artifacts" / f"{split}.pt")
+        labels = [classes.index(names.get(path, "")) - 1 for path in content["paths"]]
+        assert content["labels"].tolist() == labels and len(labels) == n
+        known = torch.tensor(labels) >= 0
+        embeddings[split], truth[split] = content["embeddings"][known], content["labels"][known]
+    probe = files.read_pt(half_labelled / "probe.pt")
+    predicted = (embeddings["test"] @ probe["weight"].T + probe["bias"]).argmax(1)
+    result = probe["result"]
+    assert (result["n_train"], result["n_test"]) == (12, 4)
+    assert result["top1"] == 100 * metrics.accuracy_score(truth["test"], predicted)
+    expected = metrics.confusion_matrix(truth["test"], predicted).tolist()
+    assert result["confusion"] == expected
+    x, y, x_test, y_test = (part[split] for split in embeddings for part in (embeddings, truth))
+    assert result["knn_top1"] == knn(x, y, x_test, y_test, 2)
+    again, _ = linear_probe(x, y, x_test, y_test, 2, Fit(n_epochs=3, seed=42))
+    assert again["per_epoch"] == result["per_epoch"]
+
+    out = (half_labelled.parent / "out.txt").read_text()
+    assert "* Images: 24 (12 without a label) train, 10 (6 without a label) test, 2 classes" in out
+    assert "last epoch, 4 images" in out
+    assert "without 18 images that have no label" in out
+    (line,) = {line for line in out.splitlines() if "balanced" in line}
+    assert line.split() == f"balanced {result['top1']:.2f}% always the largest class 50.00%".split()
+
+
+def test_the_commands_for_few_labels_and_the_report_take_images_with_a_label(
+    half_labelled, tmp_path
+):
+    exp_dir = shutil.copytree(half_labelled, tmp_path / "run")
+    few = run("probe", "--exp_dir", exp_dir, "--label_fractions", "0.5", "1")
+    assert re.findall(r"(\d+) labels", few.out) == ["6", "12"] and ", 4 test images" in few.out
+    options = "--label_fraction 0.5 --n_epochs 1 --bs 4 --no-from_scratch --device cpu".split()
+    tuned = run("finetune", "--exp_dir", exp_dir, *options)
+    assert tuned.code == 0, tuned.err
+    assert "labels           6 of 12 training images" in tuned.out
+    assert "of 4 test images" in tuned.out
+    assert run("report", "--exp_dir", exp_dir).code == 0
+    page = (exp_dir / "report.html").read_text()
+    assert "<td>50.00%</td>" in page  # always the largest class
+
+
+def test_labels_that_were_added_since_are_refused_with_the_way_on(half_labelled, tmp_path):
+    """Which works: another run with the same weights, that only fits the probe anew."""
+    exp_dir = shutil.copytree(half_labelled, tmp_path / "old")
+    labels = tmp_path / "labels.csv"
+    more = "train/down/8.png,down\ntrain/across/8.png,across\n"
+    labels.write_text((half_labelled.parent / "labels.csv").read_text() + more)
+    options = ["--labels", labels]
+    result = run("resume", "--exp_dir", exp_dir, *options)
+    assert refused(result, 2, f"or their labels in {labels} are not those")
+    way_on = result.err.split("are new: ")[1].rstrip(")\n").replace("RUN", str(exp_dir)).split()
+    result = run("train", *way_on, *options, "--exp_name", "new", "--log_folder", tmp_path)
+    assert result.code == 0, result.err
+    assert run("resume", "--exp_dir", exp_dir, "--emb_pool", "backbone").code == 0  # the old labels
+    (new_dir,) = tmp_path.glob("new__*")
+    assert files.read_json(new_dir / "linear_accuracy.json")["n_train"] == 14
+    old, new = (files.read_pt(path / "artifacts" / "train.pt") for path in (exp_dir, new_dir))
+    assert torch.equal(old["embeddings"], new["embeddings"])
+
+
+def test_only_images_with_a_label_are_held_out_and_n_images_keeps_both(tmp_path, capsys):
+    """40 images, of which 30% have a line; of 9 of these it is that of class a."""
+    for i in range(40):
+        write_grey(tmp_path / "data" / f"{i:02}.png", i)
+    names = {i: "a" if i < 9 else "b" for i in range(12)}
+    rows = [f"{i:02}.png,{name}\n" for i, name in names.items()]
+    (tmp_path / "labels.csv").write_text("".join(rows))
+    labels = str(tmp_path / "labels.csv")
+    images = images_of(tmp_path / "data", labels=labels)
+    train, test = images["train"], images["test"]
+    out = capsys.readouterr().out
+    assert "is held out for the linear probe: 2 of 12\n" in out
+    assert "* Images: 38 (28 without a label) train, 2 test, 2 classes\n" in out
+    assert "* 2 classes of 2 to 8 images; fewer than 20: b 2, a 8\n" in out
+    assert sorted(levels(train) + levels(test)) == list(range(40))
+    for split in (train, test):
+        expected = ["ab".index(names[i]) if i in names else -1 for i in levels(split)]
+        assert split.labels.tolist() == expected
+    assert sorted(test.labels.tolist()) == [0, 1]
+    for n, counts in ((2, [0, 1, 1]), (6, [2, 2, 2]), (9, [3, 4, 2]), (30, [20, 8, 2])):
+        few = images_of(tmp_path / "data", labels=labels, n_images=n)["train"]
+        assert sorted((few.labels + 1).bincount(minlength=3).tolist()) == sorted(counts)
+        assert (few.labels + 1).bincount(minlength=3)[1:].min() >= 1
+
+
+def test_the_sizes_of_classes_are_told_where_they_differ(tmp_path, capsys):
+    for name, n in zip("abcdefg", (50, 1, 2, 3, 4, 5, 6), strict=True):
+        for i in range(n):
+            write_grey(tmp_path / "train" / name / f"{i}.png", i)
+    write_grey(tmp_path / "test" / "a" / "0.png", 0)
+    images_of(tmp_path)
+    sizes = "7 classes of 1 to 50 images; fewer than 20: b 1, c 2, d 3, e 4, f 5, ..."
+    assert f"* {sizes}; without a test image: b, c, d, e, f, ...\n" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "train")
+    write_many(tmp_path / "train", 4)
+    images_of(tmp_path)
+    assert (
+        "* 2 classes of 2 to 2 images; fewer than 20: a 2, b 2; without a test"
+        in capsys.readouterr().out
+    )
+    write_grey(tmp_path / "test" / "b" / "0.png", 0)
+    images_of(tmp_path)
+    assert "classes of" not in capsys.readouterr().out
 
 
 def test_the_paths_of_a_labels_file_may_be_written_in_several_ways(tmp_path, capsys):

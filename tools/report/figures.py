@@ -73,6 +73,9 @@ def map_figure(embeddings, labels, class_names, n=N_MAP):
     colours = class_colours(C)
     figure, ax = axes(4.2, 4.2)
     ax.set_axis_off()
+    unknown = points[labels[index] < 0]
+    if len(unknown):
+        ax.scatter(*unknown.T, s=5, color="grey", label="no label", linewidths=0)
     for i, name in enumerate(class_names):
         members = points[labels[index] == i]
         ax.scatter(*members.T, s=5, color=colours(i), label=name, linewidths=0)

@@ -49,8 +49,9 @@ def image_at(image_set, i):
 
 
 def name_of(image_set, i):
-    """Return the class name of image i, None if the images have no labels."""
-    return None if image_set.labels is None else image_set.class_names[image_set.labels[i]]
+    """Return the class name of image i, None if it has no label."""
+    label = -1 if image_set.labels is None else image_set.labels[i]
+    return None if label < 0 else image_set.class_names[label]
 
 
 def confused_pairs(matrix, truth, predicted, class_names, test_set, n_pairs=8, n_examples=6):
@@ -108,7 +109,7 @@ def neighbour_thumb(train_set, i, cosine, query_name):
     name = name_of(train_set, i)
     mark = ""
     note = f"{cosine:.2f}"
-    if query_name is not None:
+    if query_name and name:
         mark = "right" if name == query_name else "wrong"
         note = f"{'✓' if name == query_name else '✗'} {note}"
     return thumb(image_at(train_set, i), f"neighbour: {name or 'no label'}", mark, note)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data import Images, sample
+from data import Images, labelled, sample
 from evaluate import (
     METRICS,
     N_COLLAPSE,
@@ -273,6 +273,8 @@ def accuracy_rows(result):
     rows = [("95% interval, by the number of test images", low_to_high)]
     if has_top5(result["key"]):
         rows.append(("top-5", f"{result['top5']:.2f}%"))
+    if "balanced_top1" in result:
+        rows.append(("balanced, the mean over the classes", f"{result['balanced_top1']:.2f}%"))
     rows.append(("of the training images themselves", f"{result['train_top1']:.2f}%"))
     rows.append((best_epoch, f"{result['best_top1']:.2f}%"))
     for name, (title, _) in METRICS.items():
@@ -284,6 +286,7 @@ def baseline_rows(hp, image_sets):
     """Return the rows (title, text) of what the accuracy compares with."""
     rows = []
     if all(image_sets.values()):
+        image_sets = {split: labelled(image_set) for split, image_set in image_sets.items()}
         labels = image_sets["test"].labels
         chance = 100 * labels.bincount().max().item() / len(labels)
         top1, n, size = pixel_probe(image_sets, hp.seed)
@@ -374,7 +377,8 @@ def confusion_context(content, probe, test_set):
     labels = content["labels"]
     class_names = probe["class_names"]
     predicted = (content["embeddings"] @ probe["weight"].T + probe["bias"]).argmax(1)  # (M,)
-    matrix = confusion_matrix(labels, predicted, len(class_names))
+    known = labels >= 0
+    matrix = confusion_matrix(labels[known], predicted[known], len(class_names))
     accuracies = per_class(matrix.tolist(), class_names)
     accuracies = {name: top1 for name, top1 in accuracies.items() if top1 is not None}
     text = ", ".join(f"{name} {top1:.1f}" for name, top1 in accuracies.items())
