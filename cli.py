@@ -13,7 +13,8 @@ from infra.errors import UsageError
 from infra.metrics import git_commit
 from tools.cleanup import add_cleanup
 from tools.compare import add_compare
-from tools.export import add_embed, add_export
+from tools.embed import add_embed
+from tools.export import add_export
 from tools.finetune import add_finetune
 from tools.probe import add_probe
 from tools.report.page import add_report

@@ -230,12 +230,18 @@ def balanced_subset(labels, n_images, n, generator):
     order = torch.randperm(n_images, generator=generator)
     if labels is not None:
         shuffled = labels[order]
-        rank = torch.empty_like(order)  # of each image among those of its class
-        for label in shuffled.unique():
-            members = shuffled == label
-            rank[members] = torch.arange(int(members.sum())) + int(label < 0)
+        rank = rank_in_class(shuffled) + (shuffled < 0)
         order = order[rank.argsort(stable=True)]
     return order[:n].sort().values
+
+
+def rank_in_class(labels):
+    """Return of each of labels (N,) how many of the same stand before it: int64 (N,)."""
+    rank = torch.empty_like(labels)
+    for label in labels.unique():
+        members = labels == label
+        rank[members] = torch.arange(int(members.sum()))
+    return rank
 
 
 def sample(image_set, n, seed, purpose):
@@ -295,9 +301,9 @@ class Images:
                 f"its checkpoints are another run's): bring them back, or train under a new "
                 f"--exp_name{new_probe_text(self.hp) if labels else ''}"
             )
-        n_test = count_text(test) if test else 0
         n_classes = len(train.class_names)
-        log.info(f"* Images: {count_text(train)} train, {n_test} test, {n_classes} classes")
+        counts = f"{count_text('train', train)}, {count_text('test', test)}"
+        log.info(f"* Images: {counts}, {n_classes} classes")
         if n_classes:
             log_class_sizes(train, test)
         missing = why_no_probe(train.class_names, test)
@@ -373,11 +379,13 @@ def class_sizes(image_set):
     return dict(zip(image_set.class_names, n_images, strict=True))
 
 
-def count_text(image_set):
-    """Return the number of images, and how many have no label if others have one."""
-    text = f"{len(image_set.images):,}"
+def count_text(split, image_set):
+    """Return the number of images of a split, and how many have no label if others have one."""
+    if image_set is None:
+        return f"0 {split}"
     n = 0 if image_set.labels is None else int((image_set.labels < 0).sum())
-    return f"{text} ({n:,} without a label)" if n else text
+    unlabelled = f" ({n:,} without a label)" if n else ""
+    return f"{len(image_set.images):,} {split}{unlabelled}"
 
 
 def log_class_sizes(train, test):

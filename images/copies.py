@@ -37,11 +37,11 @@ def find_copies(images, others, x, x_others, device):
     }
 
 
-def copies_text(copies):
-    """Return what find_copies found of test images among training images, in a line."""
+def copies_text(copies, kind="test"):
+    """Return what find_copies found of test or other images among training images, in a line."""
     text = (
-        f"{len(copies['pairs'])} of {copies['n']:,} test images are copies of training images, or "
-        f"nearly so"
+        f"{len(copies['pairs'])} of {copies['n']:,} {kind} images are copies of training images, "
+        f"or nearly so"
     )
     return f"{text}; {copies['n_equal']} with equal pixels" if copies["n_equal"] else text
 

@@ -1,24 +1,19 @@
-"""Export the encoder for torchvision, safetensors or ONNX, or the embeddings of any folder."""
+"""Export the encoder for torchvision, safetensors or ONNX."""
 
 import copy
 import importlib.util
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
-import emp_ssl
 from data import why_no_probe
 from encode import dims_of
 from experiment import Run, load_if_key, position
-from hparams import SETTINGS
 from images import pixels
-from images.folders import find_images, log_left_out
 from infra import files
 from infra.console import log
-from infra.distributed import on_main_process, process_group
 from infra.errors import UsageError
 from model import BACKBONES, TIMM, create_timm_model, fold_batch_norm, stages_of
 from patches import resize_matrix
@@ -67,33 +62,6 @@ def add_export(commands):
         "--classifier", action="store_true", help="the same with the linear probe, to class logits"
     )
     parser.set_defaults(command=export_command)
-
-
-def add_embed(commands):
-    """Add the command embed."""
-    parser = commands.add_parser(
-        "embed",
-        help="the embeddings of any folder of images",
-        description="Encode all images below a folder, by the views of the run, and write their "
-        "embeddings and paths into an .npz file.",
-    )
-    parser.add_argument("--exp_dir", required=True, type=files.user_path, help="the run folder")
-    parser.add_argument(
-        "--images",
-        required=True,
-        type=files.user_path,
-        metavar="FOLDER",
-        help="folder of images, any tree",
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=files.user_path,
-        metavar="FILE.npz",
-        help="embeddings (N, d) and paths (N,)",
-    )
-    parser.add_argument("--device", default="auto", help=SETTINGS["device"].help)
-    parser.set_defaults(command=embed_command)
 
 
 def export_command(args):
@@ -288,33 +256,3 @@ def onnx_graph(network, description):
         verbose=False,
     )
     return program.model_proto.SerializeToString()
-
-
-def embed_command(args):
-    """Write the embeddings of all images that can be read, and their paths.
-
-    They are float32 (N, d), and (N,) relative to the folder.
-    """
-    if args.out.suffix != ".npz" or not args.out.parent.is_dir():
-        raise UsageError(f"out {args.out} must be a file NAME.npz in a folder that exists")
-    if not args.images.is_dir():
-        raise UsageError(f"images {args.images} is not a folder")
-    log_left_out(args.images)
-    paths = find_images(args.images)
-    embedder = emp_ssl.load(args.exp_dir, args.device)
-    device = embedder.run.device
-    with process_group(device):
-        embeddings, readable = embedder.embed(paths)
-    names = [str(path.relative_to(args.images)) for path in readable]
-    write_npz(args.out, embeddings=embeddings.numpy(), paths=np.array(names))
-    log.info(
-        f"* Wrote {args.out}: embeddings {tuple(embeddings.shape)}, paths ({len(names)},), "
-        f"device: {device}"
-    )
-
-
-@on_main_process
-def write_npz(path, **arrays):
-    """Write NumPy arrays by name, atomically."""
-    with files.atomic_write(path) as file:
-        np.savez(file, **arrays)

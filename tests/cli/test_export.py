@@ -1,5 +1,6 @@
 """The encoder in foreign libraries, and the embeddings of any folder."""
 
+import csv
 import importlib.util
 import itertools
 import json
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from helpers import ONE_THREAD, RUN, edit, fingerprints, refused, run
 from PIL import Image
@@ -21,7 +23,7 @@ from images.cache import read_image
 from infra import files
 from infra.device import generator
 from infra.errors import RunError, UsageError
-from tools import export
+from tools import export, lists
 from weights import build_encoder
 
 
@@ -420,6 +422,83 @@ def test_embed_leaves_out_what_it_cannot_read(finished, images, tmp_path):
         assert "007.png" not in content["paths"]
 
 
+def embedded(exp_dir, folder, out):
+    """Embed a folder; return what the program printed and {name: array} of the .npz file."""
+    result = run("embed", "--exp_dir", exp_dir, "--images", folder, "--out", out)
+    assert (result.code, result.err) == (0, "")
+    with np.load(out) as content:
+        return result.out, dict(content)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_embed_lists_what_the_probe_predicts_which_are_copies_and_what_to_label(
+    half_labelled, images, tmp_path
+):
+    """Of the images of the run, a copy of one, and one whose pixels are nearly those of one."""
+    pytest.importorskip("sklearn")
+    folder = shutil.copytree(images, tmp_path / "all")
+    shutil.copy(folder / "train" / "down" / "3.png", folder / "copy.png")
+    pixels = np.asarray(Image.open(folder / "train" / "across" / "7.png"))
+    Image.fromarray(pixels.clip(1, 254)).save(folder / "near.png")
+    exp_dir = shutil.copytree(half_labelled, tmp_path / "run")
+    edit(exp_dir, data_dir=folder)  # of the run, but for two images: those of train/ and test/
+    edit(exp_dir, labels=half_labelled.parent / "labels.csv")
+    out, content = embedded(exp_dir, folder, tmp_path / "x.npz")
+    paths = content["paths"].tolist()
+    assert len(paths) == 36
+    probe = files.read_pt(exp_dir / "probe.pt")
+    embeddings = torch.from_numpy(content["embeddings"])
+    p = F.softmax(F.linear(embeddings, probe["weight"], probe["bias"]), 1)
+    assert content["predicted"].tolist() == [["across", "down"][i] for i in p.argmax(1)]
+    np.testing.assert_allclose(content["confidence"], p.amax(1), rtol=1e-5)
+    copies = dict(zip(paths, content["copy_of"].tolist(), strict=True))
+    assert copies.pop("copy.png") == "train/down/3.png"
+    assert copies.pop("near.png") == "train/across/7.png"
+    assert copies == {name: name if name.startswith("train/") else "" for name in copies}
+    assert "* 26 of 36 embedded images are copies of training images, or nearly so; 25 with" in out
+
+    names = ["path", "predicted", "confidence", "copy_of"]
+    header, *rows = rows_of(tmp_path / "x.csv")
+    columns = [content[name].astype(str) for name in ("paths", *names[1:])]
+    assert (header, rows) == (names, np.stack(columns, 1).tolist())
+    header, *rows = rows_of(tmp_path / "x_to_label.csv")
+    assert header == ["path", "predicted", "confidence", "cluster"]
+    labelled = (half_labelled.parent / "labels.csv").read_text().split()
+    labelled = {row.split(",")[0] for row in labelled if not row.endswith(",")}
+    assert sorted(row[0] for row in rows) == sorted(set(paths) - labelled)
+    assert "_to_label.csv: 20 images whose label would help most" in out
+
+
+def test_the_images_to_label_are_the_least_confident_of_each_cluster_in_turn():
+    pytest.importorskip("sklearn")
+    random = torch.Generator().manual_seed(0)
+    kind = torch.randint(3, (90,), generator=random)
+    x = 5 + 10 * torch.eye(8)[kind] + torch.randn(90, 8, generator=random)
+    confidence = torch.rand(90, generator=random)
+    rows, clusters = lists.to_label(x, confidence, n=10, n_clusters=3)
+    order = sorted(range(90), key=lambda i: confidence[i])
+    of_kind = [[i for i in order if kind[i] == k] for k in range(3)]
+    turns = [sorted(turn, key=lambda i: confidence[i]) for turn in zip(*of_kind, strict=False)]
+    assert rows.tolist() == [i for turn in turns for i in turn][:10]
+    assert len({(int(kind[i]), int(c)) for i, c in zip(rows, clusters, strict=True)}) == 3
+
+
+def test_embed_without_a_probe_or_the_images_of_the_run(copy, images, tmp_path):
+    (copy / "probe.pt").unlink()
+    out, content = embedded(copy, images / "test", tmp_path / "a.npz")
+    assert content.keys() == {"embeddings", "paths", "copy_of"}
+    assert rows_of(tmp_path / "a.csv")[0] == ["path", "copy_of"]
+    edit(copy, data_dir=images / "test")
+    out, content = embedded(copy, images / "test", tmp_path / "b.npz")
+    assert content.keys() == {"embeddings", "paths"}
+    assert "* Not searched for copies of images of the run: the images of folder in" in out
+    assert {path.name for path in tmp_path.glob("*.*")} == {"a.npz", "a.csv", "b.npz"}
+
+
 def test_an_encoder_on_the_way_says_so(finished, tmp_path):
     exp_dir = shutil.copytree(finished, tmp_path / "run")
     edit(exp_dir, n_epochs=3)
@@ -430,10 +509,12 @@ def test_an_encoder_on_the_way_says_so(finished, tmp_path):
 def test_wrong_use(finished, images, tmp_path):
     ours = ["--exp_dir", finished, "--images", images, "--out"]
     (tmp_path / "empty").mkdir()
+    (tmp_path / "labels.csv").touch()
     no_run = ["--exp_dir", tmp_path, "--images", images, "--out", tmp_path / "x.npz"]
     for argv, words in (
         (["embed", *ours, tmp_path / "x.csv"], ".npz"),
         (["embed", *ours, tmp_path / "nowhere" / "x.npz"], "nowhere"),
+        (["embed", *ours, tmp_path / "labels.npz"], "labels.csv would be overwritten"),
         (["embed", *ours, tmp_path / "x.npz", "--images", tmp_path / "empty"], "no images"),
         (["embed", *ours, tmp_path / "x.npz", "--images", tmp_path / "nowhere"], "not a folder"),
         (["embed", *ours, tmp_path / "x.npz", "--device", "cuda"], "cuda"),

@@ -944,7 +944,7 @@ def test_images_without_a_label_are_trained_on_and_left_out_of_the_accuracies(ha
     assert again["per_epoch"] == result["per_epoch"]
 
     out = (half_labelled.parent / "out.txt").read_text()
-    assert "* Images: 24 (12 without a label) train, 10 (6 without a label) test, 2 classes" in out
+    assert "* Images: 24 train (12 without a label), 10 test (6 without a label), 2 classes" in out
     assert "last epoch, 4 images" in out
     assert "without 18 images that have no label" in out
     (line,) = {line for line in out.splitlines() if "balanced" in line}
@@ -998,7 +998,7 @@ def test_only_images_with_a_label_are_held_out_and_n_images_keeps_both(tmp_path,
     train, test = images["train"], images["test"]
     out = capsys.readouterr().out
     assert "is held out for the linear probe: 2 of 12\n" in out
-    assert "* Images: 38 (28 without a label) train, 2 test, 2 classes\n" in out
+    assert "* Images: 38 train (28 without a label), 2 test, 2 classes\n" in out
     assert "* 2 classes of 2 to 8 images; fewer than 20: b 2, a 8\n" in out
     assert sorted(levels(train) + levels(test)) == list(range(40))
     for split in (train, test):

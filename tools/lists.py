@@ -1,0 +1,39 @@
+"""Lists of images as CSV files, to work with."""
+
+import csv
+import io
+
+import torch
+import torch.nn.functional as F
+
+from data import rank_in_class
+from infra import files
+from infra.distributed import on_main_process
+
+MOST_CLUSTERED = 5000  # images of which those to label are chosen; k-means of so many takes seconds
+
+
+@on_main_process
+def write_csv(path, header, rows):
+    """Write a header and rows as comma-separated values, atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    with files.atomic_write(path) as file:
+        # A file's name need not be UTF-8.
+        file.write(text.getvalue().encode(errors="surrogateescape"))
+
+
+def to_label(embeddings, confidence, n=100, n_clusters=20):
+    """Return (rows, clusters) of the n images whose label would help most: int64 (n,) each.
+
+    embeddings: (N, d). confidence: (N,), that of their predicted labels. The images are clustered
+    by k-means; the least confident of each cluster is taken, then the second of each, and so on.
+    """
+    from sklearn.cluster import KMeans
+
+    rows = confidence.argsort(stable=True)[:MOST_CLUSTERED]
+    x = F.normalize(embeddings[rows] - embeddings.mean(0), dim=1)
+    kmeans = KMeans(min(n_clusters, len(x)), n_init=1, random_state=0)
+    clusters = torch.from_numpy(kmeans.fit_predict(x.numpy())).long()
+    chosen = rank_in_class(clusters).argsort(stable=True)[:n]
+    return rows[chosen], clusters[chosen]
