@@ -381,11 +381,10 @@ def class_sizes(image_set):
 
 def count_text(split, image_set):
     """Return the number of images of a split, and how many have no label if others have one."""
-    if image_set is None:
-        return f"0 {split}"
-    n = 0 if image_set.labels is None else int((image_set.labels < 0).sum())
-    unlabelled = f" ({n:,} without a label)" if n else ""
-    return f"{len(image_set.images):,} {split}{unlabelled}"
+    text = f"{len(image_set.images) if image_set else 0:,} {split}"
+    if image_set is None or image_set.labels is None or image_set.labels.min() >= 0:
+        return text
+    return f"{text} ({int((image_set.labels < 0).sum()):,} without a label)"
 
 
 def log_class_sizes(train, test):

@@ -13,7 +13,7 @@ from torch import nn
 
 from data import Images, labelled, select
 from encode import batch_size
-from evaluate import accuracy, accuracy_text, balance, confusion_matrix, linear, tensors_of
+from evaluate import accuracy, accuracy_text, linear, tensors_of
 from experiment import Run, load_or_compute, stage_key
 from hparams import SETTINGS, Hparams
 from images.cache import batches, index_for, on_device
@@ -173,8 +173,7 @@ def probe_few(trial, encoded, index):
     # An epoch of few labels is few steps: use at least as many epochs as fine-tuning.
     n_epochs = max(trial.hp.n_eval_epochs, int(trial.hp.n_epochs))
     result = fit_few(trial.run, encoded, index, n_epochs)
-    names = ("top1", "balanced_top1", "top5", "train_top1", "lr", "held_out")
-    return {name: result[name] for name in names}
+    return {name: result[name] for name in ("top1", "top5", "train_top1", "lr", "held_out")}
 
 
 def train_and_score(trial, name, start, images, index):
@@ -192,10 +191,8 @@ def train_and_score(trial, name, start, images, index):
     network = network.to(device, memory_format=torch.channels_last)
     finetune(trial, network, on_device(train_set.images, device), train_set.labels.to(device))
     scores = predict(trial.hp, trial.run.machine, network, on_device(test_set.images, device))
-    labels = test_set.labels.to(device)
-    top1, top5 = accuracy(nn.Identity(), scores, labels)
-    confusion = confusion_matrix(labels, scores.argmax(1), len(class_names))
-    result = {"top1": top1, "top5": top5, **balance(confusion)}
+    top1, top5 = accuracy(nn.Identity(), scores, test_set.labels.to(device))
+    result = {"top1": top1, "top5": top5}
     return {"weights": network.state_dict(), "class_names": class_names, "result": result}
 
 
@@ -278,8 +275,6 @@ def log_result(result, folder):
     log.info(f"labels           {n_labels} of {n_train} training images that have one")
     for name, title in TITLES.items():
         if name in result:
-            balanced = result[name].get("balanced_top1")  # None in that of an earlier version
-            text = accuracy_text(result[name], result["key"])
-            log.info(f"{title:16} {text}" + (f"  balanced {balanced:.2f}%" if balanced else ""))
+            log.info(f"{title:16} {accuracy_text(result[name], result['key'])}")
     log.info(f"                 of {result['n_test']} test images, last epoch")
     log.info(f"files            {folder}")

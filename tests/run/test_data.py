@@ -1011,6 +1011,19 @@ def test_only_images_with_a_label_are_held_out_and_n_images_keeps_both(tmp_path,
         assert (few.labels + 1).bincount(minlength=3)[1:].min() >= 1
 
 
+def test_a_test_folder_whose_only_label_is_of_an_unreadable_image_gives_no_accuracy(tmp_path):
+    write_many(tmp_path / "data" / "train", 8)
+    file = labels_file(tmp_path / "labels.csv", tmp_path / "data")
+    with open(file, "a") as rows:
+        rows.write("test/0.png,a\n")
+    for i in (1, 2):
+        write_grey(tmp_path / "data" / "test" / f"{i}.png", 99)
+    (tmp_path / "data" / "test" / "0.png").write_bytes(b"no image")
+    images = images_of(tmp_path / "data", labels=file)
+    assert images["test"].labels.tolist() == [0, 1]  # held out
+    assert 99 not in levels(images["test"])
+
+
 def test_the_sizes_of_classes_are_told_where_they_differ(tmp_path, capsys):
     for name, n in zip("abcdefg", (50, 1, 2, 3, 4, 5, 6), strict=True):
         for i in range(n):
