@@ -128,7 +128,7 @@ def list_to_label(table, run, paths, embeddings, columns):
         return
     path = table.with_name(f"{table.stem}_to_label.csv")
     chosen, clusters = to_label(embeddings[rows], torch.from_numpy(columns["confidence"][rows]))
-    chosen = np.array(rows)[chosen]
+    chosen = [rows[i] for i in chosen.tolist()]
     header = ["path", "predicted", "confidence"]
     lines = zip(*(columns[name][chosen] for name in header), clusters.tolist(), strict=True)
     write_csv(path, [*header, "cluster"], lines)
