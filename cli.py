@@ -9,6 +9,7 @@ import re
 from experiment import Run
 from hparams import LIGHTER, PRESETS, SETTINGS, STAGES, abbreviated, from_dict
 from infra import files
+from infra.console import log
 from infra.errors import UsageError
 from infra.metrics import git_commit
 from tools.cleanup import add_cleanup
@@ -236,6 +237,18 @@ def hparams_of(args):
         raise UsageError("--budget sets n_epochs: give one of them")
     defaults = {name: setting.default for name, setting in SETTINGS.items()}
     return from_dict({**defaults, **base, **given}, "command line")
+
+
+def warn_of_preset(args, hp):
+    """Warn if patches are shrunk to the input_size of a preset, which nobody asked for."""
+    patch = hp.image_size // 2
+    of_preset = "input_size" in PRESETS.get(args.preset, {}).keys() - given_settings(args).keys()
+    if of_preset and hp.dataset == "folder" and patch > hp.input_size:
+        log.warning(
+            f"patches of {patch} pixels are shrunk to {hp.input_size} (input_size of the preset), "
+            f"so --image_size {hp.image_size} adds little: add --input_size {patch}, about "
+            f"{(patch / hp.input_size) ** 2:.2g} times slower"
+        )
 
 
 def lighter_settings(args):

@@ -21,6 +21,7 @@ from infra.files import checksum
 
 MANY_COPIES = 10  # of an image, above which they are counted and told
 FEW_OF_CLASS = 20  # training images, below which a class is named
+MUCH_CUT = 0.05  # of the area of the images, from which on it is told
 
 
 class ImageSet(NamedTuple):
@@ -148,6 +149,12 @@ def read_images(paths, folder, decoding):
     if bad:
         log.warning(f"left out {len(bad)} of {len(paths)} images that can't be read: {named}")
     log_repeated(content, paths, folder)
+    cut = float(content["beside"].mean())
+    if decoding.fit == "crop" and cut >= MUCH_CUT:
+        log.info(
+            f"* {cut:.0%} of the area of the images in {folder} is cut away by the square crop; "
+            f"--fit pad keeps all"
+        )
     return content["images"], content["readable"]
 
 
@@ -329,10 +336,9 @@ def load_splits(hp, stand_in=True):
     is_folder = hp.dataset == "folder"
     if is_folder:
         folders.log_folder(Path(hp.data_dir), hp.labels)
-    decoding = {"value_range": hp.value_range, "max_pixels": hp.max_pixels}
-    load = partial(load_images, hp.dataset, hp.data_dir, **decoding)
-    train = load(True, hp.image_size, hp.labels)
-    test = load(False, hp.image_size, hp.labels)
+    decoding = hp.decoding._asdict()
+    load = partial(load_images, hp.dataset, hp.data_dir, labels=hp.labels, **decoding)
+    train, test = load(True), load(False)
     check_classes(train)
     if test and test.labels is not None and test.labels.max() < 0:
         test = None  # no image of it that has a label can be read

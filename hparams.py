@@ -15,7 +15,7 @@ import yaml
 
 from data import DATASETS
 from images.cache import Decoding
-from images.pixels import MAX_PIXELS
+from images.pixels import FITS, MAX_PIXELS
 from infra.errors import UsageError
 from loss import UNIFORMITY
 from model import ACTIVATIONS, BACKBONES, STAGE_POOLS, TIMM
@@ -60,9 +60,15 @@ class Hparams:
     dataset: str = _data("cifar10", "images to learn from", choices=tuple(DATASETS))
     image_size: int = _data(
         32,
-        "side in pixels to which images of --dataset folder are resized and centre-cropped",
+        "side in pixels to which images of --dataset folder are resized",
         low=14,
         high=4096,
+    )
+    fit: str = _data(
+        "crop",
+        "how images of --dataset folder become square: the centre, or all between white borders or "
+        "stretched",
+        choices=FITS,
     )
     value_low: float | None = _data(
         None,
@@ -258,7 +264,7 @@ class Hparams:
     @property
     def decoding(self):
         """How files become images, a cache.Decoding."""
-        return Decoding(self.image_size, self.value_range, self.max_pixels)
+        return Decoding(self.image_size, self.value_range, self.max_pixels, self.fit)
 
     @property
     def patch_size(self):

@@ -78,6 +78,8 @@ def train_command(args):
     hp = cli.hparams_of(args)
     run = Run(cli.exp_dir_of(args, hp))
     exists = args.resume and run.hparams_yaml.exists()
+    if not exists:
+        cli.warn_of_preset(args, hp)
     if hp.max_patches is None and "max_patches" not in cli.given_settings(args):
         most = run.read_hparams().max_patches if exists else automatic_max_patches(hp)
         hp = replace(hp, max_patches=most)

@@ -7,6 +7,7 @@ folder; such a file is read in batches.
 import collections
 import functools
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,7 @@ import numpy as np
 import PIL
 import torch
 
-from images.pixels import FORMATS, MAX_PIXELS, UnreadableImage, read_image
+from images.pixels import FORMATS, MAX_PIXELS, UnreadableImage, opened, read_image
 from infra import files
 from infra.console import log, progress_bar
 from infra.device import to_device
@@ -44,6 +45,7 @@ class Decoding(NamedTuple):
     image_size: int
     value_range: tuple | None = None
     max_pixels: int = MAX_PIXELS
+    fit: str = "crop"
 
 
 def decode(paths, folder, decoding):
@@ -58,18 +60,18 @@ def decode_in_memory(paths, decoding):
 
     images: uint8 (M, 3, image_size, image_size). readable: int64 (M,), the indices of their files
     in paths. digests: int64 (M,), their checksums. plain: bool (M,), whether an image is of one
-    colour. failures: a line for each of the other files.
+    colour. beside: float32 (M,), the share of the area of the file beside the largest square in it.
+    failures: a line for each of the other files.
     """
     images = torch.empty(len(paths), 3, decoding.image_size, decoding.image_size, dtype=torch.uint8)
     results = []
     for row, path in enumerate(paths):
         try:
             pixels = read_image(path, *decoding)
+            results.append(described(pixels, path))
+            images[row] = torch.from_numpy(pixels)
         except UnreadableImage as error:
             results.append(error)
-        else:
-            images[row] = torch.from_numpy(pixels)
-            results.append(described(pixels))
     content = collected(results)
     return {**content, "images": images[content["readable"]] if content["failures"] else images}
 
@@ -85,13 +87,16 @@ def collected(results):
         "readable": torch.tensor(readable, dtype=torch.int64),
         "digests": torch.tensor([results[i][0] for i in readable], dtype=torch.int64),
         "plain": torch.tensor([results[i][1] for i in readable], dtype=torch.bool),
+        "beside": torch.tensor([results[i][2] for i in readable]),
         "failures": failures,
     }
 
 
-def described(pixels):
-    """Return (digest, whether it is of one colour) of an image (3, H, W)."""
-    return digest_of(pixels), bool((pixels == pixels[:, :1, :1]).all())
+def described(pixels, path):
+    """Return what `collected` keeps of an image (3, H, W) and of the shape of its file."""
+    with opened(path, math.inf) as image:  # reads the header only
+        beside = 1 - min(image.size) / max(image.size)
+    return digest_of(pixels), bool((pixels == pixels[:, :1, :1]).all()), beside
 
 
 def decode_once(paths, folder, decoding):
@@ -100,7 +105,8 @@ def decode_once(paths, folder, decoding):
     More than LARGE bytes of images stay in that file: images is an ImageFile.
     """
     size = decoding.image_size
-    name = "-".join(["folder", str(size), *(f"{x:g}" for x in decoding.value_range or ())])
+    value_range = [f"{value:g}" for value in decoding.value_range or ()]
+    name = "-".join(["folder", str(size), decoding.fit, *value_range])
     file = cache_path(name, folder).with_suffix(".u8")
     n_bytes = len(paths) * 3 * size**2
     try:
@@ -209,11 +215,12 @@ def decode_to_row(file, decoding, old_file, row, path, before):
     pixels = stored_image(old_file, decoding.image_size, *before) if before else None
     try:
         pixels = read_image(path, *decoding) if pixels is None else pixels
+        result = described(pixels, path)
     except UnreadableImage as error:
         return error
     with open(file, "r+b", buffering=0) as out:
         os.pwrite(out.fileno(), pixels, row * pixels.nbytes)
-    return described(pixels)
+    return result
 
 
 def stored_image(file, image_size, row, digest):

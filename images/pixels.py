@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 # Pillow would start an outside program for other formats, such as EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 89_478_485  # Pillow's own limit
+FITS = ("crop", "pad", "stretch")  # how an image becomes square
 RANGE_OF_16_BITS = (0, 65535)
 
 
@@ -15,18 +16,31 @@ class UnreadableImage(Exception):
     """The file is not an image that can be used. The message names the file and the reason."""
 
 
-def read_image(path, image_size, value_range=None, max_pixels=MAX_PIXELS):
+def read_image(path, image_size, value_range=None, max_pixels=MAX_PIXELS, fit="crop"):
     """Return the image as RGB uint8 (3, image_size, image_size).
 
-    It is turned by its EXIF, its shorter side is resized to image_size, and it is centre-cropped.
-    Of a file of several images it is the first. value_range: see to_8_bits. Raises UnreadableImage,
-    also for an image of more than max_pixels.
+    It is turned by its EXIF, and resized. fit: what becomes of an image that is not square, see
+    squared. Of a file of several images it is the first. value_range: see to_8_bits. Raises
+    UnreadableImage, also for an image of more than max_pixels.
     """
     with opened(path, max_pixels) as image:
         image = to_rgb(ImageOps.exif_transpose(image), value_range)
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+        image = squared(image, image_size, fit)
         pixels = np.asarray(image).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
     return np.ascontiguousarray(pixels)
+
+
+def squared(image, size, fit):
+    """Return a PIL image resized to size x size.
+
+    fit: crop leaves out what is beside the largest square in the centre, pad keeps all between
+    white borders, stretch changes the ratio of the sides.
+    """
+    if fit == "crop":
+        return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    if fit == "pad":
+        return ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, "white")
+    return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 @contextmanager

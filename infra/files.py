@@ -17,11 +17,12 @@ import torch
 from infra.distributed import on_main_process
 from infra.errors import RunError, UsageError
 
-FORMAT = 5  # of checkpoints and artifacts; raise it when their content changes
+FORMAT = 6  # of checkpoints and artifacts; raise it when their content changes
 LAST_COMMIT = {
     2: "e156b6c",
     3: "741bd06",
     4: "f45453e",
+    5: "84e58b9",
 }  # the last commit that reads an earlier format
 
 

@@ -142,11 +142,11 @@ def build_representation(backbone, head, how):
 def read(path):
     """Return an image file as input of the network, NumPy float32 (1, 3, S, S).
 
-    The whole image as read_image returns it, then resized to S. Raises UnreadableImage.
+    The square image that read_image returns, resized to S. Raises UnreadableImage.
     """
     description = read_description()
     S = description["input_size"]
-    how = [description[name] for name in ("image_size", "value_range", "max_pixels")]
+    how = [description[name] for name in ("image_size", "value_range", "max_pixels", "fit")]
     pixels = read_image(path, *how)  # (3, image_size, image_size)
     image = Image.fromarray(pixels.transpose(1, 2, 0)).resize((S, S), Image.Resampling.BILINEAR)
     return np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1  # (S, S, 3) -> ...

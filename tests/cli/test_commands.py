@@ -44,6 +44,22 @@ def test_a_preset_is_ordinary_hyperparameters(finished, tmp_path):
     assert vars(Run(exp_dir).read_hparams()) == {**defaults, **PRESETS["laptop"], **given}
 
 
+@pytest.mark.parametrize("more", ["--n_epochs 0", "--n_epochs 0 --dry_run"])
+def test_a_preset_that_shrinks_the_patches_of_larger_images_says_so(images, tmp_path, more):
+    """It encodes whole images. The option that it names works, and ends the warning."""
+    command = ["train", "--preset", "laptop", "--dataset", "folder", "--data_dir", images]
+    command += ["--log_folder", tmp_path, "--bs", 8, *more.split(), "--image_size"]
+    result = run(*command, 64)
+    assert (result.code, result.err) == (
+        0,
+        "warning: patches of 32 pixels are shrunk to 16 (input_size of the preset), so "
+        "--image_size 64 adds little: add --input_size 32, about 4 times slower\n",
+    )
+    for options in ("64 --input_size 32 --exp_name larger", "32 --exp_name small"):
+        result = run(*command, *options.split())
+        assert (result.code, result.err) == (0, ""), options
+
+
 STANDING_CLOCK = SimpleNamespace(monotonic=lambda: 0.0)
 
 

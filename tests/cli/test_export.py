@@ -241,10 +241,12 @@ def test_the_code_beside_an_export_reads_the_pixels_that_the_program_reads(finis
     path, description = exported(exp_dir, "torchvision")
     assert description["image_size"] == description["input_size"] == 16
     assert (description["value_range"], description["max_pixels"]) == (None, 89478485)
+    assert description["fit"] == "crop"
     code = load_code(path.with_name("backbone_torchvision.py"))
     json_file = path.with_name("backbone_torchvision.json")
-    for value_range in (None, [0, 4095]):
-        files.write_json(json_file, {**description, "value_range": value_range})
+    for value_range, fit in ((None, "pad"), ([0, 4095], "crop"), (None, "stretch")):
+        new = {"value_range": value_range, "fit": fit}
+        files.write_json(json_file, {**description, **new})
         for image, expected in odd_images(tmp_path).items():
             if value_range is None and image.name == "float.tif":
                 with pytest.raises(code.UnreadableImage, match=r"float\.tif \(values from"):
@@ -253,7 +255,7 @@ def test_the_code_beside_an_export_reads_the_pixels_that_the_program_reads(finis
             x = code.read(image)
             assert x.dtype == np.float32
             pixels = ((x[0] + 1) * 127.5).round().astype(np.uint8)  # (3, 16, 16)
-            ours = read_image(image, 16, value_range)
+            ours = read_image(image, 16, value_range, fit=fit)
             np.testing.assert_array_equal(pixels, ours, err_msg=image.name)
             if value_range:
                 atol = 16 if image.suffix == ".jpg" else 1

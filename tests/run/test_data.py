@@ -168,6 +168,42 @@ def test_folder_resizes_crops_and_turns(tmp_path):
         assert ((images.float() - 128).abs() < 20).all(1).float().mean() < 0.06  # none of the grey
 
 
+@pytest.mark.parametrize("many", [2, 1000])
+def test_an_image_that_is_not_square_is_cropped_padded_or_stretched(
+    tmp_path, monkeypatch, capsys, many
+):
+    """Against colours that are known; how much the crop cuts away is known from the cache too."""
+    monkeypatch.setattr(image_cache, "MANY", many)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "images"
+    stripes = np.array([0, 100, 200, 50])
+    wide = np.broadcast_to(stripes.repeat(20)[:, None], (40, 80, 3))
+    for name, pixels in (("wide", wide), ("tall", wide.swapaxes(0, 1)), ("square", wide[:, :40])):
+        write(folder / f"{name}.png", pixels)
+    levels_of = {
+        "crop": [[100, 100, 200, 200]] * 4,
+        "pad": [[255] * 4, [0, 100, 200, 50], [0, 100, 200, 50], [255] * 4],
+        "stretch": [[0, 100, 200, 50]] * 4,
+    }
+    cut = f"* 33% of the area of the images in {folder} is cut away by the square crop; --fit pad"
+    for fit, expected in levels_of.items():
+        for _ in range(2):  # then from the cache
+            square, tall, wide = load(folder, True, 32, fit=fit).images[:, 0, 4::8, 4::8].tolist()
+            assert (square, wide) == ([[0, 0, 100, 100]] * 4, expected)
+            assert tall == [list(column) for column in zip(*expected, strict=True)]
+            assert (cut in capsys.readouterr().out) == (fit == "crop")
+    monkeypatch.setattr(image_cache, "read_image", None)  # nothing is decoded again
+    if many == 2:
+        load(folder)
+        assert cut in capsys.readouterr().out
+    for name in ("wide", "tall"):
+        (folder / f"{name}.png").unlink()
+        shutil.copy(folder / "square.png", folder / f"{name} 2.png")
+    monkeypatch.undo()
+    load(folder)
+    assert "cut away" not in capsys.readouterr().out
+
+
 def test_images_without_class_folders_have_no_labels(tmp_path):
     write_many(tmp_path / "heap" / "x", 6)
     write_grey(tmp_path / "heap" / "7.png", 7)
