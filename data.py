@@ -278,13 +278,15 @@ class Images:
     """The images of a run: images["train"] and images["test"], an ImageSet or None.
 
     They are read when first used. hp: the Hparams of the run. expected: the fingerprints of the
-    images that the run was trained on, or None. Reading raises UsageError if the images have other
-    fingerprints, and the errors of load_images.
+    images that the run was trained on, or None. changed: how the folder has changed since, what
+    Run.images_changed returns. Reading raises UsageError if the images have other fingerprints, and
+    the errors of load_images.
     """
 
-    def __init__(self, hp, expected=None):
+    def __init__(self, hp, expected=None, changed=""):
         self.hp = hp
         self.expected = expected
+        self.changed = changed
 
     def __getitem__(self, split):
         return self._splits[split]
@@ -294,6 +296,10 @@ class Images:
         """What a checkpoint keeps of the data: a checksum of each split, and the class names."""
         return self.expected or fingerprints_of(**self._splits)
 
+    @property
+    def are_read(self):
+        return "_splits" in vars(self)
+
     @cached_property
     def _splits(self):
         log.info(f"* Loading {self.hp.dataset}")
@@ -302,11 +308,14 @@ class Images:
         train, test = load_splits(self.hp, stand_in)
         if self.expected and fingerprints_of(train, test) != self.expected:
             labels = f" or their labels in {self.hp.labels}" if self.hp.labels else ""
+            reason = self.changed or (
+                "another version of Pillow decodes them otherwise, or its checkpoints are another "
+                "run's: bring them back, or train under a new --exp_name"
+                f"{new_probe_text(self.hp) if labels else ''}"
+            )
             raise UsageError(
                 f"the images of {self.hp.dataset} in {self.hp.data_dir}{labels} are not those that "
-                f"this run was trained on (or another version of Pillow decodes them otherwise, or "
-                f"its checkpoints are another run's): bring them back, or train under a new "
-                f"--exp_name{new_probe_text(self.hp) if labels else ''}"
+                f"this run was trained on: {reason}"
             )
         n_classes = len(train.class_names)
         counts = f"{count_text('train', train)}, {count_text('test', test)}"
@@ -325,6 +334,12 @@ def new_probe_text(hp):
     pool = " --emb_pool backbone" if hp.emb_pool in ("features", "proj") else ""
     options = f"--config_from RUN --weights RUN/checkpoints/last.pt --n_epochs 0{pool}"
     return f" (if the labels alone are new: {options})"
+
+
+def warn_of_changed_images(hp, changed):
+    """Warn if Run.images_changed says that the images have changed."""
+    if changed:
+        log.warning(f"the images in {hp.data_dir} have changed since this run read them: {changed}")
 
 
 def load_splits(hp, stand_in=True):

@@ -1,7 +1,10 @@
 """Run, a run folder: its paths, lock, checkpoints and cached stages, and what an edit allows."""
 
+import csv
+import io
 import math
 import os
+import shlex
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -79,6 +82,7 @@ class Run:
         self.report = self.dir / "report.html"
         self.export = self.dir / "export"
         self.finetune = self.dir / "finetune"
+        self.images_csv = self.dir / "images.csv"  # split, path and size of each image
         self.lock = self.dir / "lock"
 
     @property
@@ -252,17 +256,57 @@ class Run:
         recorded = launches[-1].get("labels_checksum") if launches else None
         return labels_checksum(self.hp) not in ("", recorded)
 
+    def image_rows(self):
+        """Return the folders.image_rows of today, [] if there is no folder. Raises UsageError."""
+        root, labels = Path(self.hp.data_dir), self.hp.labels
+        is_there = root.is_dir() and (not labels or os.path.isfile(labels))
+        return folders.image_rows(root, labels) if self.hp.dataset == "folder" and is_there else []
+
+    @on_main_process
+    def write_images_csv(self):
+        """List the images that were read, unless the file lists them already."""
+        rows = self.image_rows()
+        if not rows or rows == self.read_images_csv():
+            return
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([("split", "path", "size"), *rows])
+        with files.atomic_write(self.images_csv) as file:
+            file.write(text.getvalue().encode(errors="surrogateescape"))
+
+    def read_images_csv(self):
+        """Return the rows of images.csv, [] if it is missing or damaged."""
+        try:
+            text = self.images_csv.read_bytes().decode(errors="surrogateescape")
+            return [(split, path, size) for split, path, size in csv.reader(io.StringIO(text))][1:]
+        except (OSError, ValueError, csv.Error):
+            return []
+
     def images_changed(self):
-        """Whether names or sizes of the images are others than when a stage last read them."""
-        # A launch that only fits the probe, or finds all done, reads no images.
-        listings = [
-            launch.get("listing")
-            for launch in self.read_launches()
-            if launch.get("stages") not in ([], ["probe"])
-        ]
-        before = listings[-1] if listings else None
-        now = self.journal.launch["listing"]
-        return bool(before and now) and before != now
+        """Return how the images differ from those that were read, and two ways on.
+
+        By names and sizes. "" if they do not differ, or it is not known.
+        """
+        before = {path: size for _, path, size in self.read_images_csv()}
+        try:
+            now = {path: size for _, path, size in self.image_rows()}
+        except UsageError as error:
+            text = str(error)
+        else:
+            n_changed = sum(before[path] != now[path] for path in before.keys() & now.keys())
+            n_new, n_gone = len(now.keys() - before.keys()), len(before.keys() - now.keys())
+            text = f"{n_new} new, {n_changed} changed, {n_gone} gone"
+            if not now or now == before:
+                return ""
+        return f"{text}. {self.ways_on()}" if before else ""
+
+    def ways_on(self):
+        """Return the commands for the images of today, as a sentence."""
+        exp_dir, folder, weights = map(quote, (self.dir, self.hp.data_dir, self.last))
+        return (
+            f"Embed them with this run: `python main.py embed --exp_dir {exp_dir} --images "
+            f"{folder} --out new.npz`; or train on from its weights: `python main.py train "
+            f"--exp_name NEW --config_from {exp_dir} --weights {weights} --data_dir {folder}`"
+        )
 
     def key(self, name):
         """Return what the result of a stage depends on: weights, images, settings, the split.
@@ -335,10 +379,9 @@ def labels_checksum(hp):
     return files.file_checksum(hp.labels) if hp.labels else ""
 
 
-def listing_checksum(hp):
-    """Return the checksum of the listing of a folder of images, "" for another data set."""
-    is_folder = hp.dataset == "folder"
-    return folders.names_checksum(Path(hp.data_dir), hp.labels) if is_folder else ""
+def quote(path):
+    """Return a path as a shell takes it."""
+    return shlex.quote(str(path))
 
 
 def load_checkpoint(path):

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import torch
 
 import cli
-from data import Images, measured_range, why_no_probe
+from data import Images, measured_range, warn_of_changed_images, why_no_probe
 from encode import check_views, encode_split
 from evaluate import (
     METRICS,
@@ -29,7 +29,7 @@ from evaluate import (
     fit_probe,
     measure_collapse,
 )
-from experiment import Machine, Run, labels_checksum, listing_checksum
+from experiment import Machine, Run, labels_checksum
 from forecast import automatic_max_patches, check_memory, dry_run, within_budget
 from hparams import from_dict
 from images.copies import copies_text, find_copies
@@ -155,14 +155,15 @@ def run_experiment(hp, exp_dir, argv, start_over=False, rewrite=True):
         **git_commit(),
         **environment(machine.device, machine.precision),
         "labels_checksum": labels_checksum(hp),
-        "listing": listing_checksum(hp),
     }
     with Run(exp_dir).opened(hp, machine, launch, start_over) as run:
-        images = Images(hp, run.fingerprints)  # read when first used
+        images = Images(hp, run.fingerprints, run.images_changed())  # read when first used
         encoder = build_encoder(run)
         check_before_writing(run, encoder, images)
         distributed.barrier()  # all processes have read; now the main process may write
         run.prepare(rewrite)
+        if images.are_read:
+            run.write_images_csv()
         # Not before: processes that decode are forked without a CUDA context.
         encoder = encoder.to(run.device, memory_format=torch.channels_last)
         if not run.is_trained():
@@ -179,17 +180,12 @@ def run_experiment(hp, exp_dir, argv, start_over=False, rewrite=True):
 def check_before_writing(run, encoder, images):
     """Check the views; where training needs them, read the images and check the memory.
 
-    Of a trained run, whose images have not moved, only compare their listing. An error here changes
-    nothing in the run folder.
+    Of a trained run, whose images have not moved, only say if they have changed. An error here
+    changes nothing in the run folder.
     """
     check_views(run.hp, encoder)
     if run.is_trained() and not run.images_moved():
-        if run.images_changed():
-            log.warning(
-                f"the images in {run.hp.data_dir} have changed since this run read them, and its "
-                f"results are of the images of that time: for those of today train under a new "
-                f"--exp_name, or start over with --no-resume"
-            )
+        warn_of_changed_images(run.hp, images.changed)
         return
     pixels = images["train"].images
     if not run.is_trained() and run.hp.n_epochs > 0:
@@ -203,6 +199,7 @@ def encode_stage(run, encoder, images, split, encoded_train):
     """
     start = time.monotonic()
     encoded = encode_split(run, encoder, images, split)
+    run.write_images_csv()
     if split == "train":
         encoded["collapse"] = measure_collapse(run, encoder, images["train"])
     else:

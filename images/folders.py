@@ -3,7 +3,6 @@
 import collections
 import csv
 import functools
-import hashlib
 import os
 import unicodedata
 from pathlib import Path
@@ -234,24 +233,17 @@ def locations(paths):
     return places
 
 
-def names_checksum(root, labels=None):
-    """Return a checksum of the names and sizes of the images that a run on this folder reads.
+def image_rows(root, labels=None):
+    """Return [(split, path relative to root, bytes)] of the images that a run on this folder reads.
 
-    Not of their times: those of a copy are new. "" if root or the labels file is gone, "refused" if
-    the folder is not understood.
+    Not their times: those of a copy are new. Raises the errors of find_splits.
     """
-    if not root.is_dir() or (labels and not os.path.isfile(labels)):
-        return ""
-    try:
-        splits = find_splits(root, labels)
-    except UsageError:
-        return "refused"
-    digest = hashlib.sha256()
-    for split in (splits.train, splits.test):
-        for path in split.images if split else ():
-            size, _ = size_and_time(path)
-            digest.update(os.fsencode(f"{path.relative_to(root)} {size}\n"))
-    return digest.hexdigest()[:16]
+    splits = find_splits(root, labels)
+    return [
+        (name, str(path.relative_to(root)), str(size_and_time(path)[0]))
+        for name, split in (("train", splits.train), ("test", splits.test))
+        for path in (split.images if split else ())
+    ]
 
 
 def find_files(folder):

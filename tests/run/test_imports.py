@@ -63,7 +63,14 @@ def test_imports_form_no_circle():
 
 
 def test_ranks_and_paths_stand_in_one_place():
-    names = ("last.pt", "linear_accuracy.json", "metrics.jsonl", "environment.json", "probe.pt")
+    names = (
+        "last.pt",
+        "linear_accuracy.json",
+        "metrics.jsonl",
+        "environment.json",
+        "probe.pt",
+        "images.csv",
+    )
     for path in PROGRAM:
         text = path.read_text()
         if path.name not in ("distributed.py", "console.py"):

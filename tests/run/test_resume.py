@@ -1,13 +1,17 @@
 """The stages of a run, and what resume does after hparams.yaml was edited."""
 
+import csv
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from helpers import (
@@ -45,7 +49,7 @@ def test_three_stages_from_the_shell(tiny, finished, tmp_path):
     assert contents(tmp_path / "logs" / RUN) == contents(finished)  # another process, the same bits
     names = (
         "hparams.yaml metrics.jsonl patches.png linear_accuracy.json probe.pt checkpoints/0.pt "
-        "checkpoints/1.pt checkpoints/last.pt artifacts/train.pt artifacts/test.pt"
+        "checkpoints/1.pt checkpoints/last.pt artifacts/train.pt artifacts/test.pt images.csv"
     )
     assert set(contents(finished)) == set(names.split())
 
@@ -270,9 +274,65 @@ def test_a_finished_run_says_that_its_images_have_changed(tiny, images, tmp_path
         assert (result.code, result.err.count("\n"), "Loading" in result.out) == (0, 1, False)
         assert f"the images in {data} have changed since this run read them" in result.err
         assert "--exp_name" in result.err
+    assert "1 image beside the 2 class folders" in result.err
     assert fingerprints(tmp_path / "logs") == before
     shutil.rmtree(data)
     assert run(*command).err == ""
+
+
+def pasted(message):
+    """Run the commands that a message names as the shell splits them; return their results."""
+    commands = [shlex.split(command) for command in re.findall("`python main.py ([^`]+)`", message)]
+    assert [command[0] for command in commands] == ["embed", "train"]
+    return [run(*command) for command in commands]
+
+
+def test_a_folder_that_has_grown_is_told_with_two_ways_on_that_work(
+    tiny, images, tmp_path, monkeypatch
+):
+    """By a finished run, its report, and a run whose training goes on, which is refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tools.report.page.page", lambda *args: "")  # it takes seconds
+    data = shutil.copytree(images, tmp_path / "my images")
+    command = [*tiny, "--data_dir", data, "--exp_name", "it's mine", "--log_folder", "the logs"]
+    assert run(*command).code == 0
+    (exp_dir,) = Path("the logs").iterdir()
+    with (exp_dir / "images.csv").open() as lines:
+        listed = {row["path"]: (row["split"], int(row["size"])) for row in csv.DictReader(lines)}
+    paths = [path.relative_to(data) for path in data.rglob("*.png")]
+    assert listed == {str(p): (p.parts[0], (data / p).stat().st_size) for p in paths}
+
+    write_images(data / "train" / "down" / "new", 3, 9)
+    (data / "train" / "down" / "0.png").unlink()
+    for path in (data / "test" / "across").iterdir():
+        Image.new("RGB", (16, 16)).save(path)
+    words = f"the images in {data} have changed since this run read them: 3 new, 5 changed, 1 gone."
+    for again in (command, ["resume", "--exp_dir", exp_dir]):
+        result = run(*again)
+        assert (result.code, words in result.err, result.err.count("\n")) == (0, True, 1)
+    assert words in run("report", "--exp_dir", exp_dir).err
+    embedded, trained = pasted(result.err)
+    assert (embedded.code, trained.code, embedded.err, trained.err) == (0, 0, "", "")
+    with np.load("new.npz") as content:
+        assert len(content["paths"]) == 24 + 10 + 3 - 1
+    assert f"tensors of the backbone are from {exp_dir}/checkpoints/last.pt" in trained.out
+    assert "Images: 26 train, 10 test" in trained.out
+    assert run(*resume_of(trained)).err == ""  # which read the images of today
+
+    shutil.rmtree("logs")
+    before = fingerprints(exp_dir)
+    result = resume(exp_dir, "--n_epochs 3")
+    assert refused(result, 2, "not those that this run was trained on: 3 new, 5 changed, 1 gone.")
+    assert fingerprints(exp_dir) == before
+    assert [way.code for way in pasted(result.err)] == [0, 0]
+
+    (exp_dir / "images.csv").unlink()  # as of an earlier version
+    assert resume(exp_dir).err == ""
+
+
+def resume_of(result):
+    """Return the command that resumes the run that a result names at its end."""
+    return ["resume", "--exp_dir", re.search(r"^files +(.*)$", result.out, re.M)[1]]
 
 
 def test_labels_that_were_edited_after_the_run_are_refused(tiny, images, tmp_path):

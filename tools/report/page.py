@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data import Images, labelled, sample
+from data import Images, labelled, sample, warn_of_changed_images
 from evaluate import (
     METRICS,
     N_COLLAPSE,
@@ -56,7 +56,7 @@ METRIC_CURVES = {
     "top1": ("linear probe, %", "higher is better"),
 }
 # Entries of a launch that are of no interest to a reader.
-HIDDEN = ("hparams", "result", "metrics", "collapse", "data", "listing", "checksum")
+HIDDEN = ("hparams", "result", "metrics", "collapse", "data", "checksum")
 
 
 class RunResults(NamedTuple):
@@ -101,6 +101,7 @@ def report_command(args):
     if out.suffix != ".html" or not os.access(out.parent, os.W_OK):
         raise UsageError(f"--out {out} must be a file NAME.html in a folder that can be written")
     run.checkpoint = newest_checkpoint(run)
+    warn_of_changed_images(run.hp, run.images_changed())
     image_sets, missing = image_sets_of(run)
     if missing:
         log.warning(f"no pictures of images: {missing}")
