@@ -19,6 +19,7 @@ from tools.export import add_export
 from tools.finetune import add_finetune
 from tools.probe import add_probe
 from tools.report.page import add_report
+from tools.search import add_search
 
 LOGS = "logs/EMP-SSL-Training"
 # Pairs of what other programs call an option, and its name here.
@@ -56,6 +57,7 @@ def parse(argv, description=None, train_command=None, resume_command=None):
     add_report(commands)
     add_export(commands)
     add_embed(commands)
+    add_search(commands)
     add_probe(commands)
     add_finetune(commands)
     add_cleanup(commands)

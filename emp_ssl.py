@@ -24,8 +24,8 @@ class Embedder(NamedTuple):
     def embed(self, paths):
         """Return (embeddings, paths) of image files, by the views of the run.
 
-        embeddings: float32 (N, d) on the CPU. paths: those of the files that could be read. The
-        others are left out of both, with a warning. Raises RunError if more than one, and more
+        embeddings: float32 (N, d) on the CPU. paths: of the files that could be read, list of str.
+        The others are left out of both, with a warning. Raises RunError if more than one, and more
         than 1 in 100, can't be read, or an embedding is not finite.
         """
         paths = [Path(path) for path in paths]
@@ -33,7 +33,7 @@ class Embedder(NamedTuple):
             raise UsageError("there are no images to embed")
         folder = Path(os.path.commonpath([path.absolute().parent for path in paths]))
         images, readable = read_images(paths, folder, self.run.hp.decoding)
-        return self.embed_images(images), [paths[i] for i in readable]
+        return self.embed_images(images), [str(paths[i]) for i in readable]
 
     def embed_images(self, images):
         """Return the embeddings float32 (N, d), on the CPU, of images uint8 (N, 3, H, W).

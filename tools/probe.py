@@ -72,7 +72,12 @@ def load_embeddings(run):
     missing = why_no_probe(run.fingerprints["class_names"], run.fingerprints["test"])
     if missing:
         raise UsageError(f"{run.dir} can't be used with few labels: {missing}")
-    encoded = {split: load_if_key(path, run.key(split)) for split, path in run.artifacts.items()}
+    return stored_embeddings(run)
+
+
+def stored_embeddings(run):
+    """Return {split: what artifacts/<split>.pt holds}. Raises UsageError if one is not there."""
+    encoded = {split: load_if_key(run.artifacts[split], run.key(split)) for split in run.splits}
     if not run.is_trained() or not all(encoded.values()):
         raise UsageError(f"{run.dir} is not finished, or was edited since: resume it first")
     return encoded

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -346,8 +347,8 @@ def test_the_encoder_in_python(finished, images, tmp_path):
     folder = images / "test"
     names = [str(folder / name / f"{i}.png") for name in ("across", "down") for i in range(5)]
     (tmp_path / "no.png").write_bytes(b"no image")
-    embeddings, paths = encoder.embed([tmp_path / "no.png", *names])
-    assert [str(path) for path in paths] == names
+    embeddings, paths = encoder.embed([tmp_path / "no.png", *map(Path, names)])
+    assert paths == names
     pixels = torch.stack([torchvision.io.read_image(name) for name in names])
     for result in (embeddings, encoder.embed_images(pixels)):
         torch.testing.assert_close(result, cached, rtol=1e-5, atol=1e-6)

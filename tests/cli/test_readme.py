@@ -86,9 +86,11 @@ def test_the_commands_that_take_seconds_run_as_they_stand(finished, tmp_path, mo
     exp_dir = tmp_path / EXP_DIR
     shutil.copytree(finished, exp_dir)
     write_images(tmp_path / "DIR", 3, 0)
+    shutil.copy(tmp_path / "DIR" / "0.png", tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    commands = {"resume", "cleanup", "report", "compare", "export", "embed", "probe", "finetune"}
+    commands = {"resume", "cleanup", "report", "compare", "export", "embed", "search"}
+    commands |= {"probe", "finetune"}
     assert {line.split()[2] for line in QUICK} == commands
     for line in QUICK:
         result = run(*line.split()[2:])
@@ -100,6 +102,7 @@ def test_the_commands_that_take_seconds_run_as_they_stand(finished, tmp_path, mo
         "encoder.safetensors",
         "encoder.onnx",
         "embeddings.npz",
+        "sheet.html",
     }
 
 
