@@ -141,10 +141,12 @@ def read_images(paths, folder, decoding):
     bad = content["failures"]
     if bad:
         named = failures_text(bad, folder)
-    if len(bad) > max(1, len(paths) / 100) or 2 * len(bad) >= len(paths):
+    too_many = len(bad) > max(1, len(paths) / 100)
+    if too_many or 2 * len(bad) >= len(paths):
+        rule = "at most 1, or 1 in 100" if too_many else "fewer than half"
         raise RunError(
             f"{len(bad)} of {len(paths)} images in {folder} can't be read, too many to leave out "
-            f"(1, or 1 in 100): {named}"
+            f"({rule}): {named}"
         )
     if bad:
         log.warning(f"left out {len(bad)} of {len(paths)} images that can't be read: {named}")

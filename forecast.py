@@ -174,9 +174,12 @@ def dry_run(hp):
             f"of {n_patches} patches"
         )
         costs = measure_costs(hp, machine, encoder, images)
+    training = costs.step * n_steps
+    minutes = (training + costs.after_training) / 60
     log.info(
-        f"* Time: {costs.step:.3g} s a step, about {costs.step * n_steps / 60:.3g} minutes of "
-        f"training, {costs.encoding / 60:.3g} of encoding and {costs.probe / 60:.3g} of the probe"
+        f"* Time: {costs.step:.3g} s a step; about {training:.3g} s of training, "
+        f"{costs.encoding:.3g} of encoding and {costs.probe:.3g} of the probe; {minutes:.2g} "
+        f"minutes in all"
     )
 
 

@@ -1,6 +1,7 @@
 """All settings, each declared once: options, YAML checks and cache keys follow from it."""
 
 import argparse
+import difflib
 import math
 import os
 import re
@@ -431,6 +432,7 @@ def read_hparams(path):
     except OSError as error:
         raise UsageError(
             f"{path} can't be read ({error.strerror}): {path.parent} is not a run folder"
+            f"{similar_runs(path)}"
         ) from None
     try:
         content = yaml.load(text.decode(), _Loader)
@@ -443,6 +445,16 @@ def read_hparams(path):
             f"{path} must hold one mapping, params: with a line for each hyperparameter"
         )
     return from_dict(content["params"], path)
+
+
+def similar_runs(path):
+    """Return "; did you mean DIR?" of the run folders beside that of a path that is not there."""
+    exp_dir = path.parent
+    names = sorted(other.parent.name for other in exp_dir.parent.glob(f"*/{path.name}"))
+    similar = [name for name in names if name.startswith(exp_dir.name)]
+    similar = similar or difflib.get_close_matches(exp_dir.name, names)
+    folders = " or ".join(str(exp_dir.with_name(name)) for name in similar[:3])
+    return f"; did you mean {folders}?" if folders else ""
 
 
 def from_dict(values, source):

@@ -29,7 +29,7 @@ from evaluate import (
     fit_probe,
     measure_collapse,
 )
-from experiment import Machine, Run, labels_checksum
+from experiment import Machine, Run, labels_checksum, quote
 from forecast import automatic_max_patches, check_memory, dry_run, within_budget
 from hparams import from_dict
 from images.copies import copies_text, find_copies
@@ -246,6 +246,7 @@ def probe_and_report(run, encoded):
     stages = "  ".join(f"{stage} {taken:.1f}" for stage, taken in seconds.items())
     log.info(f"seconds          {stages}")
     log.info(f"memory           {state['peak_memory'] / 1e9:.2f} GB at most while training")
+    log.info(f"look at it       python main.py report --exp_dir {quote(run.dir)}")
     log.info(f"files            {run.dir}")
 
 

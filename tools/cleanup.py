@@ -1,8 +1,9 @@
-"""Remove the older epoch checkpoints of every experiment in a folder."""
+"""Remove the older epoch checkpoints of every experiment in a folder, and stored embeddings."""
 
 from pathlib import Path
 
 from experiment import Run, load_checkpoint
+from images.cache import cache_path
 from infra import files
 from infra.console import log
 from infra.errors import RunError, UsageError
@@ -13,8 +14,8 @@ def add_cleanup(commands):
     parser = commands.add_parser(
         "cleanup",
         help="remove old checkpoints",
-        description="Remove the older epoch checkpoints of every experiment in a folder; the "
-        "newest always stays.",
+        description="Say what takes the room, and remove the older epoch checkpoints of every "
+        "experiment in a folder; the newest always stays.",
     )
     parser.add_argument(
         "--log_folder",
@@ -29,12 +30,17 @@ def add_cleanup(commands):
         metavar="N",
         help="epoch checkpoints to keep of each (default: 2)",
     )
+    parser.add_argument(
+        "--artifacts",
+        action="store_true",
+        help="remove the stored embeddings of finished runs too; resume encodes again",
+    )
     parser.add_argument("-y", dest="yes", action="store_true", help="do not ask")
     parser.set_defaults(command=cleanup_command)
 
 
 def cleanup_command(args):
-    """List the old epoch checkpoints and, after a question, remove them."""
+    """Print what takes the room; list what can be removed and, after a question, remove it."""
     if args.keep < 1:
         raise UsageError(f"keep must be at least 1, not {args.keep}")
     if not args.log_folder.is_dir():
@@ -42,16 +48,48 @@ def cleanup_command(args):
     runs = [Run(path) for path in sorted(args.log_folder.iterdir())]
     runs = [run for run in runs if run.hparams_yaml.is_file()]
     old = [path for run in runs for path in old_checkpoints(run, args.keep)]
+    n_old = len(old)
+    if args.artifacts:
+        artifacts = [path for run in runs if is_finished(run) for path in run.artifacts.values()]
+        old += [path for path in artifacts if path.exists()]
     size = sum(path.stat().st_size for path in old)
+    log_room(runs)
     for path in old:
         log.info(path)
-    log.info(f"{len(old)} old checkpoints in {len(runs)} experiments, {size / 1e6:,.1f} MB")
+    log.info(
+        f"{n_old} old checkpoints and {len(old) - n_old} files of embeddings in {len(runs)} "
+        f"experiments, {size / 1e6:,.1f} MB"
+    )
     if old and (args.yes or confirmed("Remove them? [y/N] ")):
         for path in old:
             path.unlink(missing_ok=True)
         log.info(f"Freed {size / 1e6:,.1f} MB")
     else:
         log.info("Nothing removed")
+
+
+def log_room(runs):
+    """Print how much room checkpoints, embeddings and the cache of decoded images take."""
+    cache = cache_path("", "").parent
+    places = {
+        "checkpoints": [run.checkpoints for run in runs],
+        "embeddings (--artifacts)": [run.artifacts["train"].parent for run in runs],
+        f"decoded images of all runs in {cache}": [cache],
+    }
+    for name, folders in places.items():
+        log.info(f"{sum(map(bytes_in, folders)) / 1e6:10,.1f} MB {name}")
+
+
+def bytes_in(folder):
+    """Return the bytes of the files in a folder; a file with two names counts once."""
+    stats = [path.stat() for path in folder.glob("*") if path.is_file()]
+    return sum({stat.st_ino: stat.st_size for stat in stats}.values())
+
+
+def is_finished(run):
+    """Whether the last launch of a run finished, and none is under way."""
+    launches = run.read_launches()
+    return bool(launches) and launches[-1].get("outcome") == "finished" and not run.in_use()
 
 
 def old_checkpoints(run, keep):

@@ -14,7 +14,7 @@ from torch import nn
 from data import Images, labelled, select
 from encode import batch_size
 from evaluate import accuracy, accuracy_text, linear, tensors_of
-from experiment import Run, load_or_compute, stage_key
+from experiment import Run, load_or_compute, quote, stage_key
 from hparams import SETTINGS, Hparams
 from images.cache import batches, index_for, on_device
 from infra import distributed, files
@@ -22,7 +22,7 @@ from infra.console import log, log_stage, progress
 from infra.device import generator, without_tuning
 from infra.errors import RunError, UsageError
 from infra.lock import locked
-from model import fold_batch_norm, stages_of
+from model import STAGE_POOLS, fold_batch_norm, stages_of
 from optimizers import build_optimizer, learning_rate, set_learning_rate
 from patches import sample_patches, sample_views
 from tools.probe import FRACTION, few_labels, fit_few, load_embeddings
@@ -126,6 +126,7 @@ def finetune_command(args):
             result = {"key": key, **compare_starts(trial, starts, encoded)}
             files.write_json(path, files.sealed(result))
         log_result(result, trial.folder)
+        log_use(result, trial)
 
 
 def trial_of(run, args):
@@ -278,3 +279,17 @@ def log_result(result, folder):
             log.info(f"{title:16} {accuracy_text(result[name], result['key'])}")
     log.info(f"                 of {result['n_test']} test images, last epoch")
     log.info(f"files            {folder}")
+
+
+def log_use(result, trial):
+    """Print whether the linear probe is better, and how to use the fine-tuned backbone."""
+    if result["probe"]["top1"] > result["finetuned"]["top1"]:
+        log.info("better           the linear probe: with these labels, use the run as it is")
+    hp = trial.run.hp
+    # Its feature layer has not been trained with it.
+    pool = "" if hp.emb_pool in ("backbone", *STAGE_POOLS) else " --emb_pool backbone"
+    exp_dir, weights = quote(trial.run.dir), quote(trial.folder / "finetuned.pt")
+    log.info(
+        f"encode by it     python main.py train --exp_name NEW --config_from {exp_dir} --weights "
+        f"{weights} --n_epochs 0{pool}"
+    )

@@ -26,9 +26,10 @@ from helpers import (
 
 import cli
 import forecast
+import main
 from experiment import Run
 from hparams import PRESETS, SETTINGS, yaml_value
-from infra import device
+from infra import device, files
 from model import Encoder
 
 
@@ -44,18 +45,16 @@ def test_a_preset_is_ordinary_hyperparameters(finished, tmp_path):
     assert vars(Run(exp_dir).read_hparams()) == {**defaults, **PRESETS["laptop"], **given}
 
 
-@pytest.mark.parametrize("more", ["--n_epochs 0", "--n_epochs 0 --dry_run"])
-def test_a_preset_that_shrinks_the_patches_of_larger_images_says_so(images, tmp_path, more):
+def test_a_preset_that_shrinks_the_patches_of_larger_images_says_so(images, tmp_path, monkeypatch):
     """It encodes whole images. The option that it names works, and ends the warning."""
     command = ["train", "--preset", "laptop", "--dataset", "folder", "--data_dir", images]
-    command += ["--log_folder", tmp_path, "--bs", 8, *more.split(), "--image_size"]
-    result = run(*command, 64)
-    assert (result.code, result.err) == (
-        0,
+    command += ["--log_folder", tmp_path, "--bs", 8, "--n_epochs", 0, "--image_size"]
+    monkeypatch.setattr(main, "dry_run", lambda hp: None)
+    assert run(*command, 64, "--dry_run").err == (
         "warning: patches of 32 pixels are shrunk to 16 (input_size of the preset), so "
-        "--image_size 64 adds little: add --input_size 32, about 4 times slower\n",
+        "--image_size 64 adds little: add --input_size 32, about 4 times slower\n"
     )
-    for options in ("64 --input_size 32 --exp_name larger", "32 --exp_name small"):
+    for options in ("32 --dry_run", "64 --input_size 16 --dry_run", "64 --input_size 32"):
         result = run(*command, *options.split())
         assert (result.code, result.err) == (0, ""), options
 
@@ -199,6 +198,33 @@ def test_cleanup_asks_keeps_the_newest_and_says_how_much_it_freed(copy, tmp_path
     assert run("cleanup", "--log_folder", tmp_path / "missing", "--keep", "1", "-y").code == 2
 
 
+def test_cleanup_says_what_takes_the_room_and_removes_embeddings_of_finished_runs(
+    copy, tmp_path, cache
+):
+    unfinished = shutil.copytree(copy, tmp_path / "unfinished")
+    files.write_json(Run(unfinished).launches, [])
+    (cache / "x.u8").parent.mkdir(exist_ok=True)
+    (cache / "x.u8").write_bytes(bytes(3_000_000))
+    result = run("cleanup", "--log_folder", tmp_path)
+    sizes = {
+        name: 2 * sum({p.stat().st_ino: p.stat().st_size for p in (copy / name).iterdir()}.values())
+        for name in ("checkpoints", "artifacts")
+    }
+    assert f"{sizes['checkpoints'] / 1e6:.1f} MB checkpoints" in result.out
+    assert f"{sizes['artifacts'] / 1e6:.1f} MB embeddings (--artifacts)" in result.out
+    (cached,) = re.findall(r"([\d.]+) MB decoded images of all runs in", result.out)
+    assert float(cached) >= 3 and "Nothing removed" in result.out
+    (cache / "x.u8").unlink()
+
+    before = files.read_pt(copy / "artifacts" / "test.pt")["embeddings"]
+    result = run("cleanup", "--log_folder", tmp_path, "--artifacts", "-y")
+    assert "0 old checkpoints and 2 files of embeddings in 2 experiments" in result.out
+    assert not list((copy / "artifacts").iterdir())
+    assert len(list((unfinished / "artifacts").iterdir())) == 2
+    assert "Encoding 'train'" in resume(copy).out
+    assert torch.equal(files.read_pt(copy / "artifacts" / "test.pt")["embeddings"], before)
+
+
 def test_help_lists_every_option_with_its_default():
     out = run("train", "--help").out
     flat = " ".join(out.split())
@@ -230,7 +256,11 @@ def test_a_dry_run_prints_its_plan_and_writes_nothing(tiny, images, tmp_path):
     assert f"* Parameters: {n / 1e6:.2f} million" in result.out
     assert "12 steps of 8 patches" in result.out
     assert re.search(r"\* Memory: about \d", result.out)
-    assert re.search(r"\* Time: [\d.e-]+ s a step, about [\d.e-]+ minutes", result.out)
+    parts = r"about (\S+) s of training, (\S+) of encoding and (\S+) of the probe; (\S+) minutes in"
+    *seconds, minutes = map(
+        float, re.search(rf"\* Time: \S+ s a step; {parts}", result.out).groups()
+    )
+    assert minutes == pytest.approx(sum(seconds) / 60, rel=0.06)
     assert fingerprints(images) == before
     assert not list(tmp_path.iterdir())
 

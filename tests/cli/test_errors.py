@@ -100,6 +100,13 @@ def test_missing_folders(tiny, tmp_path):
     command = [*tiny, "--log_folder", tmp_path / "logs"]
     assert refused(resume(none), 2, none, "not a run folder")
     assert refused(run(*command, "--config_from", none), 2, none)
+    assert "did you mean" not in resume(none).err
+    for name in ("seed2__numpatch8_seed7", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "hparams.yaml").touch()
+    for wrong in ("seed2_", "seed2__numpatch8_sed7"):
+        words = f"did you mean {tmp_path}/seed2__numpatch8_seed7?"
+        assert refused(run("report", "--exp_dir", tmp_path / wrong), 2, words)
     assert refused(run(*command, "--data_dir", none), 2, none, "is not a folder")
     assert refused(run(*command, "--data_dir", empty), 2, "no images in", empty)
     assert not (tmp_path / "logs").exists()

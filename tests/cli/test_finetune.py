@@ -1,10 +1,14 @@
 """Fine-tuning with few labels: what it trains, how it resumes, and what it refuses."""
 
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +75,29 @@ def test_files_and_report(undisturbed):
     assert "top-5" not in out  # of two classes
     for name, title in finetune.TITLES.items():
         assert f"{title:16} top-1 {result[name]['top1']:.2f}%" in out
+
+
+def test_the_command_that_it_names_encodes_by_the_fine_tuned_backbone(
+    undisturbed, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    command = re.search(r"^encode by it +python main.py (.*)$", finetuned(undisturbed), re.M)[1]
+    result = run(*shlex.split(command), "--log_folder", "logs")
+    assert (result.code, result.err) == (0, "")
+    (exp_dir,) = Path("logs").iterdir()
+    ours = files.read_pt(exp_dir / "checkpoints" / "last.pt")["encoder"]
+    theirs = files.read_pt(undisturbed / "finetune" / NAME / "finetuned.pt")["weights"]
+    names = [name for name in theirs if not name.startswith("fc.")]
+    assert len(names) > 10
+    assert all(torch.equal(ours[f"backbone.{name}"], theirs[name]) for name in names)
+
+
+def test_it_says_if_the_linear_probe_is_better(finished, caplog):
+    trial = SimpleNamespace(run=Run(finished), folder=finished)
+    trial.run.hp = trial.run.read_hparams()
+    for top1, is_told in ((50, False), (51, True)):
+        finetune.log_use({"probe": {"top1": top1}, "finetuned": {"top1": 50}}, trial)
+        assert ("better           the linear probe" in caplog.text) == is_told
 
 
 def small_resnet():

@@ -101,6 +101,8 @@ def test_images_without_labels_skip_the_probe_and_say_why(tiny, tmp_path):
         write_images(tmp_path / "heap" / name, 6, len(name))
     result = trained_with("--data_dir", tmp_path / "heap", tiny=tiny, tmp_path=tmp_path)
     assert "linear probe     skipped: the images have no labels" in result.out
+    name = f"python main.py report --exp_dir {tmp_path / RUN}"
+    assert result.out.endswith(f"look at it       {name}\nfiles            {tmp_path / RUN}\n")
     assert (tmp_path / RUN / "artifacts" / "train.pt").exists()
     before = fingerprints(tmp_path / RUN)
     assert resume(tmp_path / RUN).code == 0
