@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from helpers import RUN, refused, resume, run
+from PIL import Image
 from torch import nn
+from torchvision.transforms import functional as TF
 
 from encode import encode
 from experiment import Run
@@ -211,6 +213,36 @@ def test_a_model_of_timm_from_start_to_export(tiny, tmp_path):
         (output,) = session.run(None, {"images": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-3, atol=1e-4)
     assert fold_batch_norm(encoder).backbone.bn1.weight is not None
+
+
+def test_pretrained_weights_without_training_encode_as_timm_does_and_training_goes_on_from_them(
+    tiny, images, tmp_path
+):
+    """The recipe of the guide, with a file in the place of a download; against timm itself."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet10t", num_classes=0).eval()
+    torch.save(model.state_dict(), tmp_path / "theirs.pt")
+    options = f"--arch timm/resnet10t --weights {tmp_path}/theirs.pt --n_epochs 0 --image_size 32"
+    options += f" --input_size 16 --eval_views whole --emb_pool backbone --log_folder {tmp_path}"
+    result = run(*tiny, *options.split())
+    assert (result.code, result.err) == (0, "")
+    content = files.read_pt(tmp_path / RUN / "artifacts" / "test.pt")
+    pixels = torch.stack([TF.pil_to_tensor(read(images / path)) for path in content["paths"]])
+    with torch.no_grad():
+        expected = model(pixels / 127.5 - 1)
+    torch.testing.assert_close(content["embeddings"], expected, rtol=1e-3, atol=1e-4)
+
+    options = f"--exp_name on --config_from {tmp_path / RUN} --n_epochs 1 --log_folder {tmp_path}"
+    options += f" --weights {tmp_path / RUN}/checkpoints/last.pt"
+    result = run("train", *options.split())
+    n = len(model.state_dict())
+    assert f"{n} of the {n} tensors of the backbone are from" in result.out
+    assert (result.code, "===> Training" in result.out) == (0, True)
+
+
+def read(path):
+    """Return an image of 16 pixels at 32, as Pillow does it."""
+    return Image.open(path).resize((32, 32), Image.Resampling.BICUBIC)
 
 
 def test_wrong_names_and_settings_are_refused(monkeypatch):
