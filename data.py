@@ -300,6 +300,7 @@ class Images:
 
     @property
     def are_read(self):
+        """Whether the images have been read."""
         return "_splits" in vars(self)
 
     @cached_property
@@ -311,8 +312,8 @@ class Images:
         if self.expected and fingerprints_of(train, test) != self.expected:
             labels = f" or their labels in {self.hp.labels}" if self.hp.labels else ""
             reason = self.changed or (
-                "another version of Pillow decodes them otherwise, or its checkpoints are another "
-                "run's: bring them back, or train under a new --exp_name"
+                "pixels or labels are others, another version of Pillow decodes them otherwise, or "
+                "its checkpoints are another run's: bring them back, or train under a new --exp_name"
                 f"{new_probe_text(self.hp) if labels else ''}"
             )
             raise UsageError(

@@ -199,8 +199,8 @@ def encode_stage(run, encoder, images, split, encoded_train):
     """
     start = time.monotonic()
     encoded = encode_split(run, encoder, images, split)
-    run.write_images_csv()
     if split == "train":
+        run.write_images_csv()
         encoded["collapse"] = measure_collapse(run, encoder, images["train"])
     else:
         sets = [images[name].images for name in ("test", "train")]

@@ -158,7 +158,7 @@ def compare_starts(trial, starts, encoded):
         "n_test": len(y_test),
         "probe": probe_few(trial, encoded, index),  # before training, which takes longer
     }
-    images = Images(run.hp, run.fingerprints)
+    images = Images(run.hp, run.fingerprints, run.images_changed())
     trial.folder.mkdir(parents=True, exist_ok=True)
     files.remove_temporary(trial.folder)
     for name, start in starts.items():
