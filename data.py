@@ -313,8 +313,8 @@ class Images:
             labels = f" or their labels in {self.hp.labels}" if self.hp.labels else ""
             reason = self.changed or (
                 "pixels or labels are others, another version of Pillow decodes them otherwise, or "
-                "its checkpoints are another run's: bring them back, or train under a new --exp_name"
-                f"{new_probe_text(self.hp) if labels else ''}"
+                "its checkpoints are another run's: bring them back, or train under a new "
+                f"--exp_name{new_probe_text(self.hp) if labels else ''}"
             )
             raise UsageError(
                 f"the images of {self.hp.dataset} in {self.hp.data_dir}{labels} are not those that "
