@@ -68,20 +68,26 @@ def near_pairs(rows, images, others, x, x_others, device):
     pairs = torch.stack([rows[:, None].expand_as(nearest), nearest], 2)  # (n, N_CANDIDATES, 2)
     pairs = pairs[cosine > LIKE_EMBEDDINGS - 0.2]  # projections are not exact: (n pairs, 2)
     near = []
-    for i, j in (part.unbind(1) for part in pairs.split(500)):
+    for part in pairs.split(500):
+        i, j = part.unbind(1)
         is_like = F.cosine_similarity(x[i] - mean, x_others[j] - mean) > LIKE_EMBEDDINGS
-        i, j = i[is_like], j[is_like]
-        is_like = F.cosine_similarity(outlines(images[i]), outlines(others[j])) > LIKE_PIXELS
-        near += zip(i[is_like].tolist(), j[is_like].tolist(), strict=True)
+        near += alike(part[is_like], images, others)
     return near
 
 
-def nearest_rows(x, others):
-    """Return (cosines, rows) of the N_CANDIDATES others (M, d) that are nearest to each x (n, d).
+def alike(pairs, images, others):
+    """Return those of the pairs, int64 (n, 2), whose pixels are alike: [(row, row)]."""
+    i, j = pairs.unbind(1)
+    is_like = F.cosine_similarity(outlines(images[i]), outlines(others[j])) > LIKE_PIXELS
+    return list(map(tuple, pairs[is_like].tolist()))
 
-    All are unit vectors. Both results are (n, N_CANDIDATES), on the CPU.
+
+def nearest_rows(x, others, k=N_CANDIDATES):
+    """Return (cosines, rows) of the k others (M, d) that are nearest to each x (n, d).
+
+    All are unit vectors. Both results are (n, k), on the CPU.
     """
-    k = min(N_CANDIDATES, len(others))
+    k = min(k, len(others))
     nearest = [(part @ others.T).topk(k) for part in x.split(500)]
     cosine, rows = (torch.cat(parts).cpu() for parts in zip(*nearest, strict=True))
     return cosine, rows

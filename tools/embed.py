@@ -17,7 +17,8 @@ from infra.console import log
 from infra.distributed import on_main_process, process_group
 from infra.errors import RunError, UsageError
 from tools.lists import to_label, write_csv
-from tools.report.gallery import title_of
+from tools.probe import probe_predictions
+from tools.report.collection import names_of
 
 
 def add_embed(commands):
@@ -89,8 +90,7 @@ def predictions(run, embeddings):
     probe = load_if_key(run.probe, run.key("probe"))
     if probe is None:
         return {}
-    logits = embeddings @ probe["weight"].T + probe["bias"]  # (N, C)
-    confidence, label = logits.softmax(1).max(1)
+    confidence, label = probe_predictions(probe, embeddings)
     return {
         "predicted": np.array(probe["class_names"])[label.numpy()],
         "confidence": confidence.numpy(),
@@ -112,10 +112,11 @@ def copies_of(run, images, embeddings):
         return {}
     found = find_copies(images, others, embeddings, train["embeddings"], run.device)
     log.info(f"* {copies_text(found, 'embedded')}")
-    titles = [""] * len(embeddings)
+    names = names_of("train", train)
+    copies = [""] * len(embeddings)
     for i, j in found["pairs"].tolist():
-        titles[i] = title_of(train, j)
-    return {"copy_of": np.array(titles)}
+        copies[i] = names[j]
+    return {"copy_of": np.array(copies)}
 
 
 def list_to_label(table, run, paths, embeddings, columns):

@@ -83,6 +83,15 @@ def stored_embeddings(run):
     return encoded
 
 
+def probe_predictions(probe, embeddings):
+    """Return (softmax, class), (N,) each, of what the linear probe predicts of embeddings (N, d).
+
+    probe: what probe.pt holds.
+    """
+    logits = embeddings @ probe["weight"].T + probe["bias"]  # (N, C)
+    return logits.softmax(1).max(1)
+
+
 def few_labels(labels, fraction, n_classes, seed):
     """Return the indices, int64 (n,), of a random, class-balanced fraction of labels (N,).
 

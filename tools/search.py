@@ -17,6 +17,7 @@ from infra import distributed, files
 from infra.console import log
 from infra.errors import UsageError
 from tools.probe import stored_embeddings
+from tools.report.collection import names_of
 from tools.report.gallery import data_uri
 
 
@@ -85,10 +86,8 @@ def images_of_run(run):
         n = len(content["embeddings"])
         labels = content["labels"].tolist() if "labels" in content else [-1] * n
         class_names = [run.fingerprints["class_names"][i] if i >= 0 else "" for i in labels]
-        index = content["indices"].tolist() if "indices" in content else range(n)
-        names = content.get("paths") or [f"{split} {i}" for i in index]
         is_file = "paths" in content
-        for name, class_name in zip(names, class_names, strict=True):
+        for name, class_name in zip(names_of(split, content), class_names, strict=True):
             items.append(Item(name, class_name, Path(run.hp.data_dir, name) if is_file else ""))
     return torch.cat(embeddings), items
 

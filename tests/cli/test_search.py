@@ -97,7 +97,7 @@ def test_images_that_are_no_files_are_named_by_split_and_index(tmp_path):
     argv = ["search", "--exp_dir", exp_dir, "--query", tmp_path / "query.png", "--k", 2]
     result = run(*argv, "--out", tmp_path / "x.html")
     assert (result.code, result.err) == (0, "")
-    assert re.search(rf"^  1\.00 train {int(index)}  \w+", result.out, re.M)
+    assert re.search(rf"^  1\.00 train image {int(index)}  \w+", result.out, re.M)
     assert (tmp_path / "x.html").read_text().count("data:image/jpeg") == 1
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from data import balanced_subset
 from infra.device import generator
-from tools.report.gallery import Picture, data_uri
+from tools.report.gallery import COLUMNS, Picture, data_uri, sprite_sheet
 
 N_MAP = 1000  # points of the map
 FEW_CLASSES = 20  # up to so many classes, a figure has room for all their names
@@ -59,38 +59,41 @@ def svg(figure, alt, note="", **options):
     return Picture(data_uri(text.encode(), "svg+xml"), alt, note=note)
 
 
-def map_figure(embeddings, labels, class_names, n=N_MAP):
-    """Draw up to n embeddings (N, d) in two dimensions, coloured by class.
+def map_of(collection, rows):
+    """Return the map of at most N_MAP images as a dict: dots, names of classes, and sprite sheet.
 
-    labels: int64 (N,), or None if there are no classes.
+    A dot has its place in percent, colour, link, text, and column and line in the sprite sheet.
     """
-    index = balanced_subset(labels, len(embeddings), n, generator(0, "map"))
-    points = tsne(embeddings[index])  # (n, 2)
-    if labels is None:
-        class_names = [""]
-        labels = torch.zeros(len(embeddings), dtype=torch.int64)
-    C = len(class_names)
-    colours = class_colours(C)
-    figure, ax = axes(4.2, 4.2)
-    ax.set_axis_off()
-    unknown = points[labels[index] < 0]
-    if len(unknown):
-        ax.scatter(*unknown.T, s=5, color="grey", label="no label", linewidths=0)
-    for i, name in enumerate(class_names):
-        members = points[labels[index] == i]
-        ax.scatter(*members.T, s=5, color=colours(i), label=name, linewidths=0)
-        if C > FEW_CLASSES and len(members):  # a legend of so many has no room
-            ax.text(*np.median(members, 0), name, fontsize=4, ha="center", va="center")
-    if 1 < C <= FEW_CLASSES:
-        ax.legend(
-            loc="upper center",
-            bbox_to_anchor=(0.5, 0),
-            ncols=4,
-            markerscale=3,
-            columnspacing=1,
-            handletextpad=0.2,
-        )
-    return figure
+    from matplotlib.colors import to_hex
+
+    rows = rows[balanced_subset(collection.labels[rows], len(rows), N_MAP, generator(0, "map"))]
+    points = tsne(collection.embeddings[rows])  # (n, 2)
+    low, high = points.min(0), points.max(0)
+    places = 100 * (points - low) / np.maximum(high - low, 1e-9)
+    C = len(collection.class_names)
+    colours = [to_hex(class_colours(C)(i)) for i in range(C)]
+    dots = [
+        {
+            "left": f"{left:.1f}",
+            "top": f"{top:.1f}",
+            "colour": colours[collection.labels[row]] if collection.labels[row] >= 0 else "gray",
+            "text": collection.title_of(row),
+            "href": collection.link(row),
+            "column": i % COLUMNS,
+            "line": i // COLUMNS,
+        }
+        for i, (row, (left, top)) in enumerate(zip(rows.tolist(), places, strict=True))
+    ]
+    names = []
+    for label, (name, colour) in enumerate(zip(collection.class_names, colours, strict=True)):
+        members = places[collection.labels[rows] == label]
+        if len(members):
+            left, top = np.median(members, 0)
+            names.append(
+                {"name": name, "colour": colour, "left": f"{left:.1f}", "top": f"{top:.1f}"}
+            )
+    sprite = sprite_sheet(collection, rows.tolist())
+    return {"dots": dots, "names": names, "sprite": sprite, "columns": COLUMNS}
 
 
 def tsne(x):

@@ -1,7 +1,4 @@
-"""Pictures of images for a report.
-
-Neighbours, confusions, clusters, near duplicates, and images that resemble no other.
-"""
+"""Pictures of images for a report: rows of a Collection become thumbnails with paths and links."""
 
 import base64
 import io
@@ -15,50 +12,63 @@ from data import balanced_subset
 from images.copies import copies_text
 from infra.device import generator
 
-# Embeddings that an overview searches for clusters and pairs: all pairs of so many take seconds.
-MOST = 10_000
-DUPLICATE = 0.98  # cosine
+SPRITE = 64  # pixels of an image in the sprite sheet
+COLUMNS = 40  # of the sprite sheet
 
 
 class Picture(NamedTuple):
-    """An <img> of the page."""
+    """An <img> of the page, or an empty box if src is ""."""
 
     src: str  # a data: URI
     alt: str
     mark: str = ""  # right, wrong or nothing: the colour of its border
     note: str = ""  # a line below it
+    href: str = ""  # the original
 
 
 def data_uri(content, kind):
-    """Return bytes as a data: URI of an image. kind: png or svg+xml."""
+    """Return bytes as a data: URI of an image. kind: png, jpeg or svg+xml."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def thumb(pixels, alt, mark="", note=""):
-    """Return a small Picture of an image uint8 (3, H, W)."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+def to_pil(pixels):
+    """Return uint8 (3, H, W) as a PIL image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+
+
+def thumb(collection, row, text="", mark="", note=""):
+    """Return the small Picture of an image. text: what is said of it before its path."""
+    title = collection.title_of(row)
+    alt = f"{text}: {title}" if text else title
+    pixels = collection.pixels(row)
+    if pixels is None:
+        return Picture("", alt, mark, note)
+    image = to_pil(pixels)
     image.thumbnail((64, 64))
     out = io.BytesIO()
     image.save(out, "PNG")
-    return Picture(data_uri(out.getvalue(), "png"), alt, mark, note)
+    return Picture(data_uri(out.getvalue(), "png"), alt, mark, note, collection.link(row))
 
 
-def image_at(image_set, i):
-    """Return the pixels of image i, an int64 scalar tensor: uint8 (3, H, W)."""
-    return image_set.images[i[None]][0]
+def sprite_sheet(collection, rows):
+    """Return small images of these rows side by side, COLUMNS in a line: a data: URI."""
+    n_lines = -(-len(rows) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * SPRITE, n_lines * SPRITE), "white")
+    for i, row in enumerate(rows):
+        pixels = collection.pixels(row)
+        if pixels is not None:
+            line, column = divmod(i, COLUMNS)
+            image = to_pil(pixels).resize((SPRITE, SPRITE))
+            sheet.paste(image, (column * SPRITE, line * SPRITE))
+    out = io.BytesIO()
+    sheet.save(out, "JPEG", quality=80)
+    return data_uri(out.getvalue(), "jpeg")
 
 
-def name_of(image_set, i):
-    """Return the class name of image i, None if it has no label."""
-    label = -1 if image_set.labels is None else image_set.labels[i]
-    return None if label < 0 else image_set.class_names[label]
+def confused_pairs(matrix, truth, predicted, class_names, n_pairs=8):
+    """Return (text, indices of the images) for each of the pairs of classes confused most.
 
-
-def confused_pairs(matrix, truth, predicted, class_names, test_set, n_pairs=8, n_examples=6):
-    """Return a dict for each of the pairs of classes that are confused most: text and examples.
-
-    matrix: the confusion matrix (C, C). truth, predicted: int64 (M,). examples: a list of Pictures,
-    empty if test_set is None.
+    matrix: the confusion matrix (C, C). truth, predicted: int64 (M,).
     """
     wrong = matrix.clone().fill_diagonal_(0)
     pairs = []
@@ -66,171 +76,87 @@ def confused_pairs(matrix, truth, predicted, class_names, test_set, n_pairs=8, n
         i, j = divmod(cell, len(class_names))
         if wrong[i, j] == 0:
             break
-        text = f"{class_names[i]}, taken for {class_names[j]}"
-        examples = []
-        if test_set:
-            index = ((truth == i) & (predicted == j)).nonzero().flatten()[:n_examples]
-            examples = [thumb(pixels, text) for pixels in test_set.images[index]]
+        index = ((truth == i) & (predicted == j)).nonzero().flatten()
         counts = f"{int(wrong[i, j])} of {int(matrix[i].sum())}"
-        pairs.append({"text": f"{text}: {counts}", "examples": examples})
+        pairs.append((f"{class_names[i]}, taken for {class_names[j]}: {counts}", index))
     return pairs
 
 
-def neighbours(encoded, image_sets, split, seed, n_queries=10, n_neighbours=8):
-    """Return a dict for each of ten images: query, name and neighbours.
+def neighbours(collection, split, seed, n_queries=10, n_neighbours=8):
+    """Return a dict for each of ten images of a split: query, name and neighbours.
 
-    query: its Picture. name: its class name. neighbours: Pictures of the training images that are
-    nearest by cosine. encoded: {split: embeddings and labels}. image_sets: {split: ImageSet}.
+    query: its Picture. name: that of its class, or its path. neighbours: Pictures of the training
+    images that are nearest by cosine.
     """
-    queries = encoded[split]["embeddings"]
-    others = encoded["train"]["embeddings"]
-    query_set = image_sets[split]
-    index = balanced_subset(query_set.labels, len(queries), n_queries, generator(seed, "report"))
-    cosine = F.normalize(queries[index], dim=1) @ F.normalize(others, dim=1).T  # (n_queries, N)
-    n_others = len(others)
+    rows = collection.rows_of(split)
+    rng = generator(seed, "report")
+    queries = rows[balanced_subset(collection.labels[rows], len(rows), n_queries, rng)]
+    x = collection.embeddings
+    n_train = collection.splits.count("train")
+    cosine = F.normalize(x[queries], dim=1) @ F.normalize(x[:n_train], dim=1).T  # (n_queries, N)
     if split == "train":
-        cosine[torch.arange(len(index)), index] = -2  # an image is no neighbour of itself
-        n_others -= 1
-    top = cosine.topk(min(n_neighbours, n_others))
-    rows = []
-    for i, cosines, nearest in zip(index, top.values, top.indices, strict=True):
-        name = name_of(query_set, i)
+        cosine[torch.arange(len(queries)), queries] = -2  # an image is no neighbour of itself
+    top = cosine.topk(min(n_neighbours, n_train - (split == "train")))
+    lines = []
+    for query, cosines, nearest in zip(queries.tolist(), top.values, top.indices, strict=True):
+        name = collection.label_of(query)
         pictures = [
-            neighbour_thumb(image_sets["train"], j, value, name)
-            for j, value in zip(nearest, cosines.tolist(), strict=True)
+            neighbour_thumb(collection, row, value, name)
+            for row, value in zip(nearest.tolist(), cosines.tolist(), strict=True)
         ]
-        query = thumb(image_at(query_set, i), name or "no label")
-        rows.append({"query": query, "name": name or "", "neighbours": pictures})
-    return rows
+        name = name or collection.names[query]
+        lines.append({"query": thumb(collection, query), "name": name, "neighbours": pictures})
+    return lines
 
 
-def neighbour_thumb(train_set, i, cosine, query_name):
-    """Return the Picture of training image i, marked by whether it is of the query's class."""
-    name = name_of(train_set, i)
+def neighbour_thumb(collection, row, cosine, query_name):
+    """Return the Picture of a training image, marked by whether it is of the query's class."""
+    name = collection.label_of(row)
     mark = ""
     note = f"{cosine:.2f}"
     if query_name and name:
         mark = "right" if name == query_name else "wrong"
         note = f"{'✓' if name == query_name else '✗'} {note}"
-    return thumb(image_at(train_set, i), f"neighbour: {name or 'no label'}", mark, note)
+    return thumb(collection, row, "neighbour", mark, note)
 
 
-def overview(content, image_set, seed):
-    """Return what a report shows of the training images.
-
-    A dict: n of n_images were searched, a random part if there are more than MOST; clusters,
-    duplicates, n_duplicates and outliers. content: that of artifacts/train.pt.
-    """
-    n_images = len(content["embeddings"])
-    rng = generator(seed, "overview")
-    index = balanced_subset(content.get("labels"), n_images, MOST, rng)  # int64 (n,)
-    x = F.normalize(content["embeddings"][index], dim=1)
-    titles = [title_of(content, i) for i in index.tolist()]
-
-    def thumbs(rows, notes=None):
-        notes = notes or [""] * len(rows)
-        return [
-            thumb(image_at(image_set, index[row]), titles[row], note=note)
-            for row, note in zip(rows, notes, strict=True)
-        ]
-
-    clusters = [{"n": len(rows), "examples": thumbs(rows[:12])} for rows in clusters_of(x)]
-    pairs, n_duplicates = near_duplicates(x)
-    duplicates = [
-        {"cosine": f"{cosine:.3f}", "titles": (titles[i], titles[j]), "examples": thumbs((i, j))}
-        for cosine, i, j in pairs
-    ]
-    outliers = []
-    if len(x) > 1:
-        cosine = nearest_cosine(x)
-        rows = cosine.argsort(stable=True)[:12]
-        outliers = thumbs(rows.tolist(), [f"{value:.2f}" for value in cosine[rows].tolist()])
-    return {
-        "n": len(index),
-        "n_images": n_images,
-        "clusters": clusters,
-        "duplicates": duplicates,
-        "n_duplicates": n_duplicates,
-        "outliers": outliers,
-    }
-
-
-def leaks(encoded, image_sets, n=12):
+def leaks(copies, collection, n):
     """Return what a report shows of the test images that are copies of training images.
 
-    None if they were not searched, else a dict: text and pairs, the first n, each with titles and
-    examples, two Pictures. encoded, image_sets: {split: ...}; without images there are no Pictures.
+    copies: what find_copies returned. A dict: text, and the first n pairs of Pictures.
     """
-    copies = encoded.get("test", {}).get("copies")
-    if not copies:
-        return None
+    first = collection.rows_of("test")[0]
     pairs = []
-    for rows in copies["pairs"][:n]:
-        places = list(zip(("test", "train"), rows, strict=True))
-        titles = [title_of(encoded[split], int(i)) for split, i in places]
-        pairs.append({"titles": titles, "examples": []})
-        if all(image_sets.values()):
-            pixels = [image_at(image_sets[split], i) for split, i in places]
-            pairs[-1]["examples"] = list(map(thumb, pixels, titles))
+    for test, train in copies["pairs"][:n].tolist():
+        rows = (int(first) + test, train)
+        titles = [collection.names[row] for row in rows]
+        pairs.append({"titles": titles, "examples": [thumb(collection, row) for row in rows]})
     return {"text": copies_text(copies), "pairs": pairs}
 
 
-def title_of(content, i):
-    """Return what row i of an artifact is: its path, or its index in the data set."""
-    if "paths" in content:
-        return content["paths"][i]
-    return f"image {int(content['indices'][i]) if 'indices' in content else i}"
+def overview(found, collection, n):
+    """Return what a report shows of what explore found: at most n images of each thing."""
 
+    def thumbs(rows):
+        return [thumb(collection, row) for row in rows[:n]]
 
-def clusters_of(x, k=10):
-    """Return at most k clusters of x (n, d), unit vectors, by k-means: lists of rows.
-
-    The largest cluster comes first; in each, the rows nearest to its centre.
-    """
-    from sklearn.cluster import KMeans
-
-    k = min(k, len(x))
-    kmeans = KMeans(k, n_init=3, random_state=0).fit(x.numpy())
-    labels = torch.from_numpy(kmeans.labels_)
-    distance = torch.from_numpy(kmeans.transform(x.numpy()).min(1))
-    clusters = []
-    for i in range(k):
-        rows = (labels == i).nonzero().flatten()
-        if len(rows):  # of equal rows some clusters are empty
-            clusters.append(rows[distance[rows].argsort(stable=True)].tolist())
-    return sorted(clusters, key=len, reverse=True)
-
-
-def cosine_blocks(x, size=1000):
-    """Yield (first, cosine (m, n)) of blocks of rows of x (n, d), unit vectors.
-
-    The cosine of a row with itself is -2.
-    """
-    for first in range(0, len(x), size):
-        cosine = x[first : first + size] @ x.T
-        cosine[torch.arange(len(cosine)), torch.arange(first, first + len(cosine))] = -2
-        yield first, cosine
-
-
-def nearest_cosine(x):
-    """Return the cosine of each row of x (n, d), unit vectors, with the row nearest to it: (n,)."""
-    return torch.cat([cosine.amax(1) for _, cosine in cosine_blocks(x)])
-
-
-def near_duplicates(x, n=12):
-    """Return (pairs, n_pairs) of the rows of x (m, d), unit vectors.
-
-    pairs: the n pairs with the greatest cosine above DUPLICATE, as (cosine, i, j) with i < j, the
-    greatest first. n_pairs: the number of all pairs above it.
-    """
-    pairs = []
-    n_pairs = 0
-    for first, block in cosine_blocks(x):
-        cosine = block.triu(first + 1)  # each pair once: the columns after the row's own
-        n_pairs += int((cosine > DUPLICATE).sum())
-        values, cells = cosine.flatten().topk(min(n, cosine.numel()))
-        for value, cell in zip(values.tolist(), cells.tolist(), strict=True):
-            row, column = divmod(cell, len(x))
-            if value > DUPLICATE:
-                pairs.append((value, first + row, column))
-    return sorted(pairs, reverse=True)[:n], n_pairs
+    groups = []
+    for group in found.get("duplicates", ())[:n]:
+        kinds, rows = zip(*group, strict=True)
+        titles = [collection.names[row] for row in rows]
+        text = " and ".join(dict.fromkeys(kinds))
+        groups.append({"kinds": text, "titles": titles, "examples": thumbs(rows)})
+    return {
+        "clusters": [{"n": len(rows), "examples": thumbs(rows)} for rows, _ in found["clusters"]],
+        "groups": groups,
+        "lonely": [
+            thumb(collection, row, note=f"{cosine:.2f}")
+            for cosine, row in found.get("lonely", ())[:n]
+        ],
+        "doubtful": [
+            thumb(
+                collection, row, f"taken for {collection.class_names[predicted]}", note=f"{p:.2f}"
+            )
+            for p, row, predicted in found.get("doubtful", ())[:n]
+        ],
+    }

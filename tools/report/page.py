@@ -6,13 +6,16 @@ This file collects what the page shows; report.html is its jinja2 template.
 import importlib.util
 import math
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from data import Images, labelled, sample, warn_of_changed_images
+from data import balanced_subset, warn_of_changed_images
+from encode import encode_images
 from evaluate import (
     METRICS,
     N_COLLAPSE,
@@ -20,31 +23,49 @@ from evaluate import (
     Fit,
     confusion_matrix,
     has_top5,
+    knn,
     linear_probe,
     per_class,
 )
-from experiment import Run, load_if_key
-from hparams import SETTINGS, yaml_value
+from experiment import Machine, Run, load_if_key
+from hparams import SETTINGS, Setting, yaml_value
 from infra import files
 from infra.console import log
+from infra.device import generator
 from infra.errors import RunError, UsageError
 from infra.metrics import read_png
 from tools.compare import FINISHED, NO_PROBE, status
+from tools.probe import probe_predictions
+from tools.report.collection import collection_of
+from tools.report.explore import explore, lists_of, write_lists
 from tools.report.figures import (
-    N_MAP,
+    FEW_CLASSES,
     classes_figure,
     confusion_figure,
     curve_figure,
     drawing,
-    map_figure,
+    map_of,
     seconds_figure,
     svg,
 )
-from tools.report.gallery import Picture, confused_pairs, data_uri, leaks, neighbours, overview
+from tools.report.gallery import (
+    Picture,
+    confused_pairs,
+    data_uri,
+    leaks,
+    neighbours,
+    overview,
+    thumb,
+)
+from weights import random_encoder
 
 # Of metrics.jsonl. name: (title, what is good)
 METRIC_CURVES = {
-    "loss_sim": ("invariance loss", "lower is better, -1 at best"),
+    "loss_sim": (
+        "invariance loss",
+        "lower is better, -1 at best; it rises at first, because spreading the projections costs "
+        "similarity: that is no fault",
+    ),
     "loss_uniformity": ("uniformity loss", "lower is better"),
     "grad_norm": ("norm of the gradient", ""),
     "lr": ("learning rate", ""),
@@ -55,6 +76,7 @@ METRIC_CURVES = {
     "uniformity": ("uniformity", "lower is better; near 0: collapsed"),
     "top1": ("linear probe, %", "higher is better"),
 }
+BASELINE_SECONDS = 20  # of encoding by an untrained encoder: for slow ones, of fewer images
 # Entries of a launch that are of no interest to a reader.
 HIDDEN = ("hparams", "result", "metrics", "collapse", "data", "checksum")
 
@@ -84,6 +106,13 @@ def add_report(commands):
         metavar="FILE.html",
         help="the page (default: report.html in the run folder)",
     )
+    for name, default, text in (
+        ("n_clusters", 10, "clusters of the images"),
+        ("n_shown", 12, "images shown of each cluster, pairs of the leaks, and so on"),
+    ):
+        parse = Setting(name, int, low=1).parse
+        help_text = f"{text} (default: {default})"
+        parser.add_argument(f"--{name}", type=parse, default=default, metavar="N", help=help_text)
     parser.set_defaults(command=report_command)
 
 
@@ -102,17 +131,27 @@ def report_command(args):
         raise UsageError(f"--out {out} must be a file NAME.html in a folder that can be written")
     run.checkpoint = newest_checkpoint(run)
     warn_of_changed_images(run.hp, run.images_changed())
-    image_sets, missing = image_sets_of(run)
-    if missing:
-        log.warning(f"no pictures of images: {missing}")
+    run.machine = Machine.of(replace(run.hp, device="auto"))
     for launch in run.read_launches():
         for name, value in launch.items():
             if name not in HIDDEN:
                 log.info(f"{name:16} {value}")
+    results = read_results(run)
+    for path in results.lost:
+        log.warning(
+            f"{path} is missing, damaged, or of another run: what it holds is left out; resume the "
+            f"run"
+        )
     with drawing():
-        text = page(run, image_sets, missing)
+        context, lists = images_context(run, results, args)
+        text = page(run, results, context)
+    if context["missing"]:
+        log.warning(context["missing"])
+    write_lists(lists, out.parent)
     with files.atomic_write(out) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="replace"))
+    for name in lists:
+        log.info(f"* List: {out.parent / name}.csv, {len(lists[name]):,} rows")
     log.info(f"* Report: {out}, {out.stat().st_size / 1e6:.1f} MB")
 
 
@@ -126,21 +165,6 @@ def newest_checkpoint(run):
     except RunError as error:
         log.warning(error)
         return None
-
-
-def image_sets_of(run):
-    """Return ({split: ImageSet or None}, why there are none).
-
-    The images must be those of the checkpoint.
-    """
-    none = {"train": None, "test": None}
-    if not run.checkpoint:
-        return none, "there is no checkpoint that can be read"
-    try:
-        images = Images(run.hp, run.fingerprints)
-        return {split: images[split] for split in none}, ""
-    except (RunError, UsageError) as error:
-        return none, str(error)
 
 
 def read_results(run):
@@ -161,31 +185,29 @@ def read_results(run):
     return RunResults(state, result, {} if lost else encoded, probe or {}, lost)
 
 
-def page(run, image_sets, missing):
+def page(run, results, context):
     """Return the page as a text. What the run has not reached yet is left out.
 
-    image_sets: {split: ImageSet or None}. missing: why there are no images, or "".
+    context: what it shows of the images.
     """
     import jinja2  # comes with torch
 
-    results = read_results(run)
-    for path in results.lost:
-        log.warning(
-            f"{path} is missing, damaged, or of another run: what it holds is left out; resume the "
-            f"run"
-        )
     launches = run.read_launches()
     context = {
         "name": run.dir.resolve().name,
         "hp": run.hp,
-        "missing": missing,
+        "status": results.status,
+        "no_probe": results.status == NO_PROBE,
+        "lost": results.lost,
+        "result": results.result,
+        "accuracies": accuracy_rows(results.result) if results.result else [],
+        "few": FEW_CLASSES,
         "curves": [] if str(run.metrics) in results.lost else metric_curves(run.metrics),
         "patches": patches_picture(run.patches),
         "settings": setting_rows(run.hp),
         "launches": [launch_rows(launch) for launch in launches],
-        **result_context(run.hp, results, image_sets),
         **seconds_context(launches),
-        **embeddings_context(run.hp, results, image_sets),
+        **context,
     }
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True)
@@ -244,24 +266,6 @@ def launch_rows(launch):
     return rows
 
 
-def result_context(hp, results, image_sets):
-    """Return what the top of the page shows."""
-    rows = []
-    if results.result:
-        rows = [
-            *accuracy_rows(results.result),
-            *baseline_rows(hp, image_sets),
-            ("images", f"{results.result['n_train']:,} train, {results.result['n_test']:,} test"),
-        ]
-    return {
-        "status": results.status,
-        "no_probe": results.status == NO_PROBE,
-        "lost": results.lost,
-        "result": results.result,
-        "accuracies": rows,
-    }
-
-
 def accuracy_rows(result):
     """Return the rows (title, text) of the accuracies beside top-1."""
     from scipy.stats import binomtest  # comes with scikit-learn
@@ -274,49 +278,91 @@ def accuracy_rows(result):
     rows = [("95% interval, by the number of test images", low_to_high)]
     if has_top5(result["key"]):
         rows.append(("top-5", f"{result['top5']:.2f}%"))
-    if "balanced_top1" in result:
+    if "balanced_top1" in result:  # not in that of an earlier version
         rows.append(("balanced, the mean over the classes", f"{result['balanced_top1']:.2f}%"))
     rows.append(("of the training images themselves", f"{result['train_top1']:.2f}%"))
     rows.append((best_epoch, f"{result['best_top1']:.2f}%"))
     for name, (title, _) in METRICS.items():
         rows.append((f"{title}, top-1", f"{result[name]:.2f}%"))
+    return [*rows, ("images", f"{result['n_train']:,} train, {n_test:,} test")]
+
+
+def baseline_context(run, collection):
+    """Return what the accuracies compare with; without pictures, only the largest class."""
+    hp = run.hp
+    labels = collection.labels[collection.rows_of("test")]
+    labels = labels[labels >= 0]
+    chance = 100 * labels.bincount().max().item() / len(labels)
+    baselines = [("always the largest class", f"{chance:.2f}%")]
+    train, test = (some_rows(collection, *of) for of in (("train", 5000), ("test", 10_000)))
+    if not len(train) or not len(test):
+        return {"baselines": baselines}
+    n_classes = len(collection.class_names)
+    x, x_test = pixels_of(collection[train]), pixels_of(collection[test])
+    y, y_test = collection.labels[train], collection.labels[test]
+    fit = Fit(PROBE_LR, n_epochs=20, seed=hp.seed)
+    result, _ = linear_probe(x, y, x_test, y_test, n_classes, fit)
+    size = math.isqrt(x.shape[1] // 3)
+    title = f"a linear layer on the pixels ({size} x {size}) of {len(x):,} training images"
+    baselines.append((title, f"{result['top1']:.2f}%"))
+    return {"baselines": baselines, "by_neighbours": knn_rows(run, collection)}
+
+
+def some_rows(collection, split, n):
+    """Return n random rows of a split, or all, of images that have a label and are there."""
+    rows = collection.rows_of(split)
+    rows = rows[(collection.labels[rows] >= 0) & (collection.places[rows] >= 0)]
+    return rows[balanced_subset(collection.labels[rows], len(rows), n, generator(0, "baselines"))]
+
+
+def knn_rows(run, collection):
+    """Return rows (title, top-1) of 20-NN of the same images by other encodings and by the run.
+
+    [] if the encoder can't be built here, because timm is missing.
+    """
+    try:
+        encoder = random_encoder(run.hp).to(run.device)
+    except UsageError as error:
+        log.warning(f"no 20-NN of an untrained encoder: {error}")
+        return []
+
+    def untrained(images):
+        return encode_images(run, encoder, images, "baseline")["embeddings"]
+
+    few = some_rows(collection, "train", 20)
+    start = time.monotonic()
+    untrained(collection[few])
+    part = min(1, BASELINE_SECONDS * len(few) / (7000 * (time.monotonic() - start)))
+    train = some_rows(collection, "train", math.ceil(5000 * part))
+    test = some_rows(collection, "test", math.ceil(2000 * part))
+    pixels = [collection[rows] for rows in (train, test)]
+    representations = {
+        "pixels": map(pixels_of, pixels),
+        "colours: square roots of a histogram of 4 x 4 x 4 bins": map(colour_histograms, pixels),
+        "the untrained encoder": map(untrained, pixels),
+        "this run": [collection.embeddings[rows] for rows in (train, test)],
+    }
+    y, y_test = collection.labels[train], collection.labels[test]
+    rows = [("images", f"{len(y):,} train, {len(y_test):,} test")]
+    for title, (x, x_test) in representations.items():
+        top1 = knn(x, y, x_test, y_test, len(collection.class_names))
+        rows.append((title, f"{top1:.2f}%"))
     return rows
 
 
-def baseline_rows(hp, image_sets):
-    """Return the rows (title, text) of what the accuracy compares with."""
-    rows = []
-    if all(image_sets.values()):
-        image_sets = {split: labelled(image_set) for split, image_set in image_sets.items()}
-        labels = image_sets["test"].labels
-        chance = 100 * labels.bincount().max().item() / len(labels)
-        top1, n, size = pixel_probe(image_sets, hp.seed)
-        title = f"a linear layer on the pixels ({size} x {size}) of {n:,} training images"
-        rows = [("always the largest class", f"{chance:.2f}%"), (title, f"{top1:.2f}%")]
-    command = "the command below with --n_epochs 0 and another --exp_name"
-    return [*rows, ("an untrained encoder", command)]
-
-
-def pixel_probe(image_sets, seed, n=5000):
-    """Return (top-1 in percent, number of training images, side in pixels) of a linear probe.
-
-    It is fitted to the pixels of at most n training images.
-    """
-    x, y = pixels_of(image_sets["train"], n, seed)
-    x_test, y_test = pixels_of(image_sets["test"], 2 * n, seed)
-    n_classes = len(image_sets["train"].class_names)
-    fit = Fit(PROBE_LR, n_epochs=20, seed=seed)
-    result, _ = linear_probe(x, y, x_test, y_test, n_classes, fit)
-    return result["top1"], len(x), math.isqrt(x.shape[1] // 3)
-
-
-def pixels_of(image_set, n, seed):
-    """Return (x float32 (n, 3 s s) in [-1, 1], labels) of n images, shrunk to s = 32 pixels."""
-    images, labels, _, _ = sample(image_set, n, seed, "raw pixels")
+def pixels_of(images):
+    """Return images uint8 (n, 3, H, W) shrunk to s = 32 pixels: float32 (n, 3 s s) in [-1, 1]."""
     size = min(32, images.shape[-1])
-    chunks = [images[i : i + 100].float() for i in range(0, len(images), 100)]
-    x = torch.cat([F.adaptive_avg_pool2d(chunk, size) for chunk in chunks])  # (n, 3, s, s)
-    return x.flatten(1) / 127.5 - 1, labels
+    x = torch.cat([F.adaptive_avg_pool2d(part.float(), size) for part in images.split(100)])
+    return x.flatten(1) / 127.5 - 1
+
+
+def colour_histograms(images):
+    """Return the square roots of the counts of 4 x 4 x 4 colours, (n, 64), of images as above."""
+    red, green, blue = (images // 64).long().flatten(2).unbind(1)  # (n, H W) each, 0 to 3
+    colours = 16 * red + 4 * green + blue
+    counts = torch.zeros(len(images), 64)
+    return counts.scatter_add_(1, colours, torch.ones(colours.shape)).sqrt()
 
 
 def seconds_context(launches):
@@ -329,63 +375,80 @@ def seconds_context(launches):
     return {"seconds": rows, "seconds_figure": svg(seconds_figure(seconds), alt)}
 
 
-def embeddings_context(hp, results, image_sets):
-    """Return what the page shows of the embeddings, nothing if there are none.
+def images_context(run, results, args):
+    """Return (what the page shows of the images and their embeddings, the rows of the lists).
 
-    They are those of the test images, or of the training images if there are no others.
+    The map and the neighbours are of the test images, or of the training images if there are no
+    others. args: out, n_clusters and n_shown.
     """
     encoded = results.encoded
     if not encoded:
-        return {}
+        missing = (
+            ""
+            if run.checkpoint
+            else "no pictures of images: there is no checkpoint that can be read"
+        )
+        return {"missing": missing}, {}
+    folder = os.path.abspath((args.out or run.report).parent)
+    collection, missing = collection_of(run, encoded, folder)
     split = "test" if "test" in encoded else "train"
-    class_names = []
-    if results.probe:
-        class_names = results.probe["class_names"]
-    elif image_sets[split]:
-        class_names = image_sets[split].class_names
+    found, bound = explore(collection, results.probe, args.n_clusters)
+    lists = lists_of(found, collection)
     context = {
+        "missing": missing,
         "split": split,
-        "class_names": class_names,
+        "class_names": collection.class_names,
+        "counts": class_counts(collection),
         "collapse": encoded["train"].get("collapse"),
-        "n_collapse": f"{min(N_COLLAPSE, len(encoded['train']['embeddings'])):,}",
-        "leaks": leaks(encoded, image_sets),
-        **map_context(encoded[split], class_names, split),
+        "n_collapse": f"{min(N_COLLAPSE, collection.splits.count('train')):,}",
+        "overview": overview(found, collection, args.n_shown),
+        "bound": f"{bound:.3f}",
+        "found": {name: len(rows) for name, rows in found.items()},
+        "n": len(collection.names),
     }
+    if len(collection.rows_of(split)) > 2:
+        context["map"] = map_of(collection, collection.rows_of(split))
+    if (collection.places >= 0).any():
+        context["neighbours"] = neighbours(collection, split, run.hp.seed)
+    copies = encoded.get("test", {}).get("copies")
+    if copies:
+        context["leaks"] = leaks(copies, collection, args.n_shown)
     if results.probe:
-        context |= confusion_context(encoded[split], results.probe, image_sets[split])
-    if image_sets[split]:
-        context["neighbours"] = neighbours(encoded, image_sets, split, hp.seed)
-        context["overview"] = overview(encoded["train"], image_sets["train"], hp.seed)
-    return context
+        context |= confusion_context(collection, results.probe)
+        context |= baseline_context(run, collection)
+    return context, lists
 
 
-def map_context(content, class_names, split):
-    """Return the map of the embeddings of a split, nothing if there are fewer than three."""
-    embeddings = content["embeddings"]
-    if len(embeddings) < 3:
-        return {}
-    labels = content["labels"] if class_names else None
-    figure = map_figure(embeddings, labels, class_names)
-    alt = f"t-SNE map of the embeddings of {split} images"
-    return {"map": svg(figure, alt, bbox_inches="tight"), "n_map": min(N_MAP, len(embeddings))}
+def class_counts(collection):
+    """Return rows (class, training images, test images), [] without classes."""
+    if not collection.class_names:
+        return []
+    n_rows = len(collection.class_names) + 1
+    labels = [collection.labels[collection.rows_of(split)] for split in ("train", "test")]
+    counts = [(of_split + 1).bincount(minlength=n_rows).tolist() for of_split in labels]
+    names = ["without a label", *collection.class_names]
+    rows = list(zip(names, *counts, strict=True))
+    return rows[1:] + (rows[:1] if any(rows[0][1:]) else [])
 
 
-def confusion_context(content, probe, test_set):
-    """Return what the page shows of the predictions of the linear probe.
-
-    content: that of artifacts/test.pt. test_set: an ImageSet, or None.
-    """
-    labels = content["labels"]
+def confusion_context(collection, probe):
+    """Return what the page shows of the predictions of the linear probe for the test images."""
     class_names = probe["class_names"]
-    predicted = (content["embeddings"] @ probe["weight"].T + probe["bias"]).argmax(1)  # (M,)
-    known = labels >= 0
-    matrix = confusion_matrix(labels[known], predicted[known], len(class_names))
+    rows = collection.rows_of("test")
+    rows = rows[collection.labels[rows] >= 0]
+    labels = collection.labels[rows]
+    _, predicted = probe_predictions(probe, collection.embeddings[rows])
+    matrix = confusion_matrix(labels, predicted, len(class_names))
     accuracies = per_class(matrix.tolist(), class_names)
     accuracies = {name: top1 for name, top1 in accuracies.items() if top1 is not None}
     text = ", ".join(f"{name} {top1:.1f}" for name, top1 in accuracies.items())
     figure = confusion_figure(matrix, class_names)
+    pairs = confused_pairs(matrix, labels, predicted, class_names)
     return {
         "confusion": svg(figure, "confusion matrix of the linear probe on the test images"),
         "classes": svg(classes_figure(accuracies), f"accuracy of each class, in percent: {text}"),
-        "pairs": confused_pairs(matrix, labels, predicted, class_names, test_set),
+        "pairs": [
+            (text, [thumb(collection, row) for row in rows[index][:6].tolist()])
+            for text, index in pairs
+        ],
     }
