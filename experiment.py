@@ -262,16 +262,11 @@ class Run:
         is_there = root.is_dir() and (not labels or os.path.isfile(labels))
         return folders.image_rows(root, labels) if self.hp.dataset == "folder" and is_there else []
 
-    @on_main_process
     def write_images_csv(self):
         """List the images that were read, unless the file lists them already."""
         rows = self.image_rows()
-        if not rows or rows == self.read_images_csv():
-            return
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([("split", "path", "size"), *rows])
-        with files.atomic_write(self.images_csv) as file:
-            file.write(text.getvalue().encode(errors="surrogateescape"))
+        if rows and rows != self.read_images_csv():
+            files.write_csv(self.images_csv, ("split", "path", "size"), rows)
 
     def read_images_csv(self):
         """Return the rows of images.csv, [] if it is missing or damaged."""

@@ -59,7 +59,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, x, all_heads=False):
-        """Return (h, z). all_heads: z of the heads of the K stages, the last one last: (N, K, d)"""
+        """Return (h, z). all_heads: z (N, K, d) of the heads of all K stages, in order."""
         if not (all_heads and self.stage_heads):
             h = self.features(self.backbone(x))
             z = F.normalize(self.projection(h).float(), dim=-1)

@@ -5,7 +5,9 @@ writes. A bad disk: the checksums of zip entries, of JSON and of tensors. A wron
 in the place: the format. Nothing here guards against a forged file; torch.load runs no code of one.
 """
 
+import csv
 import hashlib
+import io
 import json
 import os
 import zipfile
@@ -113,6 +115,16 @@ def write_json(path, content):
     """Write the content as JSON, atomically."""
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+@on_main_process
+def write_csv(path, header, rows):
+    """Write a header and rows as comma-separated values, atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    with atomic_write(path) as file:
+        # A file's name need not be UTF-8.
+        file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 @on_main_process
