@@ -379,7 +379,7 @@ PRESETS = {
         "h_dim": 512,
         "z_dim": 128,
         "n_patches": 4,
-        "bs": 50,
+        "bs": 100,
         "n_epochs": 1.2,
         "optimizer": "muon",
         "lr": 0.05,

@@ -11,11 +11,12 @@ else the machine does, and rows can be added on another machine of the same prec
 tries several learning rates and settings of its own at budgets up to TRIED seconds, and keeps what
 has the best linear probe on N_SCORED training images that neither the method nor the probe is
 trained with. The method search, which is run only when named, tries what the preset was chosen
-from. Longer budgets and further seeds use the choice at TRIED. All methods are encoded as by the
-preset, in that of the method's sizes which has the best score. with_kmeans_top1 is the probe of
-these features beside those of k-means. Each training run is kept in --log_folder and each result is
-a row of benchmarks/results/peers.json. What is there is not run again: after a change of
-peers_methods.py, remove the method's runs and rows.
+from. Longer budgets and further seeds use the choice at TRIED; the first of LARGER seconds or more
+also tries twice as many images in a batch. All methods are encoded as by the preset, in that of the
+method's sizes which has the best score. with_kmeans_top1 is the probe of these features beside
+those of k-means. Each training run is kept in --log_folder and each result is a row of
+benchmarks/results/peers.json. What is there is not run again: after a change of peers_methods.py,
+remove the method's runs and rows.
 """
 
 import statistics
@@ -38,6 +39,7 @@ from benchmarks.peers_methods import (
     bs_of,
     label,
     settings_of,
+    with_larger_batch,
 )
 from data import load_images, select
 from encode import Output, encode
@@ -51,6 +53,7 @@ from optimizers import learning_rate, set_learning_rate
 COMPARED_METHODS = tuple(name for name in METHODS if name != "search")
 BUDGETS = (60, 180, 600, 1800)  # seconds
 TRIED = 60  # seconds; up to this budget a method tries everything
+LARGER = 180  # seconds; the first budget of so many also tries twice as many images in a batch
 N_CENTROIDS = 400  # of k-means
 N_FIT, N_SCORED = 10_000, 5000  # training images that choose among the tries
 FIT = Fit(n_epochs=10, standardize=True)
@@ -144,11 +147,22 @@ def run_try(options, name, how, images, n_steps, bf16):
 
 
 def tries_of(name, budget, rows):
-    """Return what a method tries: all its tries; above TRIED or with another seed, the choice."""
-    for row in rows:
-        if (row["method"], row["budget"]) == (name, min(budget, TRIED)):
-            return (Try(row["optimizer"], row["lr"], row["settings"]),)
-    return METHODS[name].tries
+    """Return what a method tries at a budget, given the rows that are there.
+
+    Up to TRIED all its tries, then what was chosen; with another seed the choice of the first.
+    """
+    chosen = {
+        row["budget"]: Try(row["optimizer"], row["lr"], row["settings"])
+        for row in rows
+        if row["method"] == name
+    }
+    if budget in chosen:
+        return (chosen[budget],)
+    if budget <= TRIED:
+        return METHODS[name].tries
+    longest = max(seconds for seconds in chosen if seconds < budget)
+    how = chosen[longest]
+    return (how, with_larger_batch(name, how)) if longest < LARGER <= budget else (how,)
 
 
 def untrained_entry(options, images, bf16):
@@ -231,7 +245,8 @@ def not_timed(names, timed):
     """Return a (method, Try) for each step of these methods that is not in `timed`."""
     missing = {}
     for name in names:
-        for how in METHODS[name].tries:
+        tries = METHODS[name].tries
+        for how in (*tries, *(with_larger_batch(name, how) for how in tries)):
             if timed_as(name, how) not in timed:
                 missing[timed_as(name, how)] = (name, how)
     return list(missing.values())

@@ -190,6 +190,7 @@ def build_peer(parts_of, how, bf16):
     backbone = build_backbone(ARCH)[0].to(memory_format=torch.channels_last)
     words = how.settings.split()
     settings = dict(zip(words[::2], map(float, words[1::2]), strict=True))
+    settings.pop("bs", None)
     head, forward, criterion = parts_of(backbone, **settings)
     network = nn.ModuleList([backbone, head])
     hp = Namespace(optimizer=how.optimizer, lr=how.rate, weight_decay=0)
@@ -234,11 +235,11 @@ SEARCH = (
             "--uniformity_loss tcr --invariance_loss_weight 200",
             "--temperature 0.1 --invariance_loss_weight 20",
             "--temperature 0.4 --invariance_loss_weight 5",
-            "--n_patches 8",
-            "--n_patches 8 --bs 25",
-            "--n_patches 2 --bs 100",
+            "--n_patches 8 --bs 50",
+            "--n_patches 2 --bs 200",
             "--bs 25",
-            "--bs 100",
+            "--bs 50",
+            "--bs 200",
             "--h_dim 1024 --z_dim 256",
             "--h_dim 256 --stage_loss_weight 1",
             "--h_dim 256 --stage_loss_weight 10",
@@ -250,7 +251,10 @@ SEARCH = (
 )
 EMP_SSL = partial(Method, build=build_emp_ssl, sizes=(PIXELS,))
 METHODS = {
-    "preset": EMP_SSL("EMP-SSL, --preset laptop", tries=(PRESET_TRY,)),
+    # Small batches may be better for a minute.
+    "preset": EMP_SSL(
+        "EMP-SSL, --preset laptop", tries=(PRESET_TRY, PRESET_TRY._replace(settings="--bs 50"))
+    ),
     "preset-stages": EMP_SSL(
         "EMP-SSL, the preset with losses of each stage",
         tries=(Try("muon", 0.05, "--h_dim 256 --stage_loss_weight 3"),),
@@ -280,7 +284,17 @@ METHODS = {
 
 def bs_of(method, how):
     """Return the images in a batch of a Try of a Method."""
-    return settings_of(how).bs if method.build is build_emp_ssl else method.bs
+    if method.build is build_emp_ssl:
+        return settings_of(how).bs
+    _, _, bs = how.settings.rpartition("bs ")
+    return int(bs) if "bs " in how.settings else method.bs
+
+
+def with_larger_batch(name, how):
+    """Return the Try with twice as many images in a batch."""
+    method = METHODS[name]
+    option = "--bs" if method.build is build_emp_ssl else "bs"
+    return how._replace(settings=f"{how.settings} {option} {2 * bs_of(method, how)}".strip())
 
 
 def arch_of(method, how):

@@ -86,7 +86,7 @@ def test_a_budget_sets_the_epochs_of_a_new_run(tiny, tmp_path, monkeypatch):
 
 def test_a_short_budget_takes_a_smaller_network_of_the_preset(monkeypatch, caplog):
     """Encoding takes 50 s with the preset's network, 40 with the smaller one, half without mirror
-    images; 80 steps are an epoch.
+    images; 40 steps are an epoch.
     """
 
     def costs_of(hp, *_):
@@ -97,12 +97,12 @@ def test_a_short_budget_takes_a_smaller_network_of_the_preset(monkeypatch, caplo
     monkeypatch.setattr(forecast, "time", STANDING_CLOCK)
     options = "--dataset textures --preset laptop --dry_run --device cpu".split()
     for minutes, given, expected in (
-        (2, [], ": n_epochs 1.75; 140 steps"),
-        (1.2, [], ": arch resnet10-tiny, n_epochs 0.8; 64 steps"),
-        (0.9, [], ": arch resnet10-tiny, mirror false, n_epochs 0.85; 68 steps"),
-        (0.9, ["--arch", "resnet10-mini"], ": mirror false, n_epochs 0.725; 58 steps"),
+        (2, [], ": n_epochs 3.5; 140 steps"),
+        (1.2, [], ": arch resnet10-tiny, n_epochs 1.6; 64 steps"),
+        (0.9, [], ": arch resnet10-tiny, mirror false, n_epochs 1.7; 68 steps"),
+        (0.9, ["--arch", "resnet10-mini"], ": mirror false, n_epochs 1.45; 58 steps"),
         # 5,000 images are encoded in 20 s; 12 s are for 1,000 test and 2,000 training images
-        (0.3, [], ": arch resnet10-tiny, mirror false, n_images 2000, n_epochs 0.3; 12 steps"),
+        (0.3, [], ": arch resnet10-tiny, mirror false, n_images 2000, n_epochs 0.6; 12 steps"),
     ):
         caplog.clear()
         args = cli.parse(["train", *options, *given])

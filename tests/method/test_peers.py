@@ -108,6 +108,7 @@ def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(METHODS, "preset", METHODS["preset"]._replace(tries=(small,)))
     monkeypatch.setitem(METHODS, "supervised", METHODS["supervised"]._replace(bs=4))
     seconds = {"preset muon --bs 4": 10, "supervised muon": 10}
+    seconds |= {"preset muon --bs 4 --bs 8": 20, "supervised muon bs 8": 20}
     timed = {name: {"seconds": value} for name, value in seconds.items()}
     monkeypatch.setattr(peers, "time_steps", lambda *_: timed)
     monkeypatch.setattr(peers, "load_images", lambda *_: few)
@@ -146,6 +147,27 @@ def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys)
         with pytest.raises(SystemExit):
             peers.main([*argv, "--methods", "byol", *options])
         assert reason in capsys.readouterr().err and path.read_text() == content
+
+
+def test_a_longer_budget_tries_the_choice_and_twice_its_batch():
+    row = {
+        "method": "simclr",
+        "budget": 60,
+        "optimizer": "muon",
+        "lr": 0.1,
+        "settings": "area 0.25",
+    }
+    how = Try("muon", 0.1, "area 0.25")
+    larger = Try("muon", 0.1, "area 0.25 bs 256")
+    assert peers.tries_of("simclr", 60, []) == METHODS["simclr"].tries
+    assert peers.tries_of("simclr", 60, [row]) == (how,)  # of another seed
+    assert peers.tries_of("simclr", 180, [row]) == peers.tries_of("simclr", 600, [row])
+    assert peers.tries_of("simclr", 180, [row]) == (how, larger)
+    rows = [row, row | {"budget": 180, "settings": larger.settings}]
+    assert peers.tries_of("simclr", 600, rows) == (larger,)
+    assert [peers_methods.bs_of(METHODS["simclr"], how) for how in (how, larger)] == [128, 256]
+    ours = peers_methods.with_larger_batch("preset", PRESET_TRY)
+    assert peers_methods.settings_of(ours).bs == 2 * peers_methods.PRESET["bs"]
 
 
 def test_the_scored_images_train_nothing():
