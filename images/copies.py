@@ -7,8 +7,8 @@ from images.cache import ImageFile, digest_of
 from infra.device import generator
 
 MOST_SEARCHED = 10_000  # test images whose near copies are searched: among 50,000 it takes seconds
-N_DIRECTIONS = 32  # of a random projection, by which candidates are chosen
-N_CANDIDATES = 2  # of each test image
+N_COMPONENTS = 128  # principal components, by which near rows are chosen
+N_CANDIDATES = 2  # near copies of each test image that are looked at
 # Cosines of a near copy and its original. Either alone is too little: images of one kind have such
 # embeddings, and images with the same light and dark parts such pixels.
 LIKE_EMBEDDINGS = 0.9
@@ -61,36 +61,39 @@ def digests_of(images):
 
 def near_pairs(rows, images, others, x, x_others, device):
     """Return [(row of an image, row of its near copy)] of these rows, the nearest copy first."""
-    mean = x_others.mean(0)
-    directions = torch.randn(len(mean), N_DIRECTIONS, generator=generator(0, "directions"))
-    queries, keys = (F.normalize(e @ directions - mean @ directions, dim=1) for e in (x, x_others))
-    cosine, nearest = nearest_rows(queries[rows].to(device), keys.to(device))
-    pairs = torch.stack([rows[:, None].expand_as(nearest), nearest], 2)  # (n, N_CANDIDATES, 2)
-    pairs = pairs[cosine > LIKE_EMBEDDINGS - 0.2]  # projections are not exact: (n pairs, 2)
-    near = []
-    for part in pairs.split(500):
-        i, j = part.unbind(1)
-        is_like = F.cosine_similarity(x[i] - mean, x_others[j] - mean) > LIKE_EMBEDDINGS
-        near += alike(part[is_like], images, others)
-    return near
+    cosine, nearest = nearest_rows(x[rows], x_others, N_CANDIDATES, device)
+    i, k = (cosine > LIKE_EMBEDDINGS).nonzero(as_tuple=True)
+    return alike(torch.stack([rows[i], nearest[i, k]], 1), images, others)
+
+
+def nearest_rows(x, others, k, device="cpu"):
+    """Return (cosines, rows) of the k others (M, d) that are nearest to each x (n, d).
+
+    Both are (n, k), on the CPU, the nearest first. The cosines are of embeddings less the mean of
+    the others. The rows are chosen by N_COMPONENTS principal components, which find nearly all.
+    """
+    mean = others.mean(0)
+    some = torch.randperm(len(others), generator=generator(0, "components"))[:1000]
+    axes = torch.linalg.svd(others[some] - mean, full_matrices=False).Vh[:N_COMPONENTS].T
+    queries, keys = (F.normalize(e @ axes - mean @ axes, dim=1).to(device) for e in (x, others))
+    cosines, rows = [], []
+    for part, query in zip(x.split(500), queries.split(500), strict=True):
+        near = (query @ keys.T).topk(min(k, len(others))).indices.cpu()
+        cosine = F.cosine_similarity(part[:, None] - mean, others[near] - mean, dim=2)
+        cosine, order = cosine.sort(descending=True, stable=True)
+        cosines.append(cosine)
+        rows.append(near.gather(1, order))
+    return torch.cat(cosines), torch.cat(rows)
 
 
 def alike(pairs, images, others):
     """Return those of the pairs, int64 (n, 2), whose pixels are alike: [(row, row)]."""
-    i, j = pairs.unbind(1)
-    is_like = F.cosine_similarity(outlines(images[i]), outlines(others[j])) > LIKE_PIXELS
-    return list(map(tuple, pairs[is_like].tolist()))
-
-
-def nearest_rows(x, others, k=N_CANDIDATES):
-    """Return (cosines, rows) of the k others (M, d) that are nearest to each x (n, d).
-
-    All are unit vectors. Both results are (n, k), on the CPU.
-    """
-    k = min(k, len(others))
-    nearest = [(part @ others.T).topk(k) for part in x.split(500)]
-    cosine, rows = (torch.cat(parts).cpu() for parts in zip(*nearest, strict=True))
-    return cosine, rows
+    found = []
+    for part in pairs.split(500) if len(pairs) else ():
+        i, j = part.unbind(1)
+        is_like = F.cosine_similarity(outlines(images[i]), outlines(others[j])) > LIKE_PIXELS
+        found += map(tuple, part[is_like].tolist())
+    return found
 
 
 def outlines(images, side=16):

@@ -1,24 +1,24 @@
 """The embeddings of any folder of images, what the probe of the run predicts, and copies."""
 
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import emp_ssl
-from data import Images, read_images
+from data import read_images
 from experiment import load_if_key
 from hparams import SETTINGS
+from images.cache import subset
 from images.copies import copies_text, find_copies
 from images.folders import find_images, locations, log_left_out
 from infra import files
 from infra.console import log
 from infra.distributed import on_main_process, process_group
-from infra.errors import RunError, UsageError
+from infra.errors import UsageError
 from tools.lists import to_label, write_csv
-from tools.probe import probe_predictions
-from tools.report.collection import names_of
+from tools.probe import probe_predictions, stored_embeddings
+from tools.report.collection import collection_of, find_pictures
 
 
 def add_embed(commands):
@@ -30,22 +30,13 @@ def add_embed(commands):
         "embeddings and paths into an .npz file. Beside it: a list with what the linear probe "
         "predicts and which are copies of images of the run, and one of images to label.",
     )
-    parser.add_argument("--exp_dir", required=True, type=files.user_path, help="the run folder")
-    parser.add_argument(
-        "--images",
-        required=True,
-        type=files.user_path,
-        metavar="FOLDER",
-        help="folder of images, any tree",
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=files.user_path,
-        metavar="FILE.npz",
-        help="embeddings (N, d) and paths (N,)",
-    )
-    parser.add_argument("--device", default="auto", help=SETTINGS["device"].help)
+    add, path = parser.add_argument, files.user_path
+    add("--exp_dir", required=True, type=path, help="the run folder")
+    images = "folder of images, any tree"
+    add("--images", required=True, type=path, metavar="FOLDER", help=images)
+    out = "embeddings (N, d) and paths (N,)"
+    add("--out", required=True, type=path, metavar="FILE.npz", help=out)
+    add("--device", default="auto", help=SETTINGS["device"].help)
     parser.set_defaults(command=embed_command)
 
 
@@ -69,7 +60,10 @@ def embed_command(args):
     with process_group(run.device):
         images, readable = read_images(paths, args.images, run.hp.decoding)
         embeddings = embedder.embed_images(images)
-        columns = {**predictions(run, embeddings), **copies_of(run, images, embeddings)}
+        known = collection_with_pictures(run)
+        columns = predictions(run, embeddings)
+        if known:
+            columns |= copies_of(known, images, embeddings, run.device)
     paths = [paths[i] for i in readable]
     names = np.array([str(path.relative_to(args.images)) for path in paths])
     write_npz(args.out, embeddings=embeddings.numpy(), paths=names, **columns)
@@ -78,8 +72,21 @@ def embed_command(args):
     if columns:
         write_csv(table, ["path", *columns], zip(names, *columns.values(), strict=True))
         log.info(f"* Wrote {table}: path, {', '.join(columns)}")
-    if "confidence" in columns:
-        list_to_label(table, run, paths, embeddings, {"path": names, **columns})
+    if known and "confidence" in columns:
+        list_to_label(table, known, paths, embeddings, {"path": names, **columns})
+
+
+def collection_with_pictures(run):
+    """Return the Collection of a run, None if it is not finished; print what is missing."""
+    try:
+        collection = collection_of(run, stored_embeddings(run))
+    except UsageError as error:
+        log.info(f"* Not compared with the images of the run: {error}")
+        return None
+    missing = find_pictures(collection, run)
+    if missing:
+        log.info(f"* Search for copies of images of the run: {missing}")
+    return collection
 
 
 def predictions(run, embeddings):
@@ -91,38 +98,36 @@ def predictions(run, embeddings):
     if probe is None:
         return {}
     confidence, label = probe_predictions(probe, embeddings)
-    return {
-        "predicted": np.array(probe["class_names"])[label.numpy()],
-        "confidence": confidence.numpy(),
-    }
+    predicted = np.array(probe["class_names"])[label.numpy()]
+    return {"predicted": predicted, "confidence": confidence.numpy()}
 
 
-def copies_of(run, images, embeddings):
+def copies_of(known, images, embeddings, device):
     """Return {"copy_of": the path of the run's training image that each is a copy of, or ""}.
 
-    {} if the images of the run are gone or others now.
+    {} if none of the training images is there. known: the Collection of the run.
     """
-    try:
-        train = load_if_key(run.artifacts["train"], run.key("train"))
-        if train is None:
-            raise RunError(f"{run.dir} is not finished, or was edited since: resume it first")
-        others = Images(run.hp, run.fingerprints)["train"].images
-    except (RunError, UsageError) as error:
-        log.info(f"* Not searched for copies of images of the run: {error}")
+    rows = known.rows_of("train")
+    rows = rows[known.places[rows] >= 0]
+    if not len(rows):
         return {}
-    found = find_copies(images, others, embeddings, train["embeddings"], run.device)
+    others = subset(known.images["train"], known.places[rows])
+    found = find_copies(images, others, embeddings, known.embeddings[rows], device)
     log.info(f"* {copies_text(found, 'embedded')}")
-    names = names_of("train", train)
     copies = [""] * len(embeddings)
     for i, j in found["pairs"].tolist():
-        copies[i] = names[j]
+        copies[i] = known.names[rows[j]]
     return {"copy_of": np.array(copies)}
 
 
-def list_to_label(table, run, paths, embeddings, columns):
-    """Write NAME_to_label.csv beside a table: the images without a label that need it most."""
-    known = labelled_places(run)
-    rows = [i for i, place in enumerate(locations(paths)) if place not in known]
+def list_to_label(table, known, paths, embeddings, columns):
+    """Write NAME_to_label.csv beside a table: the images without a label that need it most.
+
+    known: the Collection of the run.
+    """
+    labelled = (known.labels >= 0).nonzero().flatten().tolist() if known.folder else []
+    labelled = set(locations(map(known.path_of, labelled)))
+    rows = [i for i, place in enumerate(locations(paths)) if place not in labelled]
     if not rows or importlib.util.find_spec("sklearn") is None:
         why = "it needs scikit-learn: pip install scikit-learn" if rows else "each has a label"
         log.info(f"* No list of images to label: {why}")
@@ -134,16 +139,6 @@ def list_to_label(table, run, paths, embeddings, columns):
     lines = zip(*(columns[name][chosen] for name in header), clusters.tolist(), strict=True)
     write_csv(path, [*header, "cluster"], lines)
     log.info(f"* Wrote {path}: {len(chosen)} images whose label would help most")
-
-
-def labelled_places(run):
-    """Return the locations of the images of the run that have a label."""
-    paths = []
-    for split in run.splits:
-        content = load_if_key(run.artifacts[split], run.key(split)) or {}
-        rows = zip(content.get("paths", []), content.get("labels", []), strict=False)
-        paths += [Path(run.hp.data_dir, path) for path, label in rows if label >= 0]
-    return set(locations(paths))
 
 
 @on_main_process

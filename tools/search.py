@@ -1,10 +1,8 @@
 """Search: the images of a run or a folder that are nearest to given ones."""
 
-import io
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from PIL import Image
 
@@ -17,8 +15,8 @@ from infra import distributed, files
 from infra.console import log
 from infra.errors import UsageError
 from tools.probe import stored_embeddings
-from tools.report.collection import names_of
-from tools.report.gallery import data_uri
+from tools.report.collection import collection_of
+from tools.report.gallery import image_uri, write_page
 
 
 class Item(NamedTuple):
@@ -26,7 +24,7 @@ class Item(NamedTuple):
 
     name: str  # its path, or its split and index
     class_name: str = ""
-    file: str | Path = ""  # "" if it is no file
+    file: str | Path | None = None  # None if it is no file
 
 
 def add_search(commands):
@@ -80,16 +78,12 @@ def images_of_run(run):
 
     Raises UsageError if the run is not finished.
     """
-    embeddings, items = [], []
-    for split, content in stored_embeddings(run).items():
-        embeddings.append(content["embeddings"])
-        n = len(content["embeddings"])
-        labels = content["labels"].tolist() if "labels" in content else [-1] * n
-        class_names = [run.fingerprints["class_names"][i] if i >= 0 else "" for i in labels]
-        is_file = "paths" in content
-        for name, class_name in zip(names_of(split, content), class_names, strict=True):
-            items.append(Item(name, class_name, Path(run.hp.data_dir, name) if is_file else ""))
-    return torch.cat(embeddings), items
+    collection = collection_of(run, stored_embeddings(run))
+    items = [
+        Item(name, collection.label_of(row), collection.path_of(row))
+        for row, name in enumerate(collection.names)
+    ]
+    return collection.embeddings, items
 
 
 def nearest_centred(x, queries, k):
@@ -105,26 +99,17 @@ def nearest_centred(x, queries, k):
 
 def write_sheet(out, found, decoding):
     """Write the page of all (query, hits), whose pictures link to the files."""
-    import jinja2  # comes with torch
-
     decoding = decoding._replace(image_size=128, fit="pad")
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    template = jinja2.Environment(loader=folder, autoescape=True).get_template("search.html")
-    page = template.render(
-        found=found,
-        thumb=lambda item: thumb_of(item.file, decoding),
-        link=lambda item: Path(item.file).resolve().as_uri(),
-    )
-    with files.atomic_write(out) as file:
-        file.write(page.encode(errors="replace"))
 
+    def thumb(item):
+        """Return a small image of a file as a data: URI, "" if it can't be read any more."""
+        try:
+            pixels = read_image(item.file, *decoding)
+        except UnreadableImage:
+            return ""
+        return image_uri(Image.fromarray(pixels.transpose(1, 2, 0)), "jpeg", quality=90)
 
-def thumb_of(file, decoding):
-    """Return a small image of a file as a data: URI, "" if it can't be read any more."""
-    try:
-        pixels = read_image(file, *decoding)
-    except UnreadableImage:
-        return ""
-    out = io.BytesIO()
-    Image.fromarray(pixels.transpose(1, 2, 0)).save(out, "JPEG", quality=90)
-    return data_uri(out.getvalue(), "jpeg")
+    def link(item):
+        return Path(item.file).resolve().as_uri()
+
+    write_page(out, "search.html", {"found": found, "thumb": thumb, "link": link})

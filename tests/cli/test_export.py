@@ -498,8 +498,21 @@ def test_embed_without_a_probe_or_the_images_of_the_run(copy, images, tmp_path):
     edit(copy, data_dir=images / "test")
     out, content = embedded(copy, images / "test", tmp_path / "b.npz")
     assert content.keys() == {"embeddings", "paths"}
-    assert "* Not searched for copies of images of the run: the images of folder in" in out
+    assert "* Search for copies of images of the run: no pictures of images: the images of" in out
     assert {path.name for path in tmp_path.glob("*.*")} == {"a.npz", "a.csv", "b.npz"}
+
+
+def test_embed_names_the_copies_in_a_collection_that_has_changed(copy, images, tmp_path):
+    """By the paths of the images of the run that are still there."""
+    folder = shutil.copytree(images, tmp_path / "grown")
+    shutil.copy(folder / "train" / "down" / "3.png", folder / "train" / "down" / "new.png")
+    (folder / "train" / "across" / "0.png").unlink()
+    edit(copy, data_dir=folder)
+    out, content = embedded(copy, folder / "train" / "down", tmp_path / "x.npz")
+    expected = {f"{i}.png": f"train/down/{i}.png" for i in range(12)}
+    expected["new.png"] = "train/down/3.png"
+    assert dict(zip(content["paths"], content["copy_of"], strict=True)) == expected
+    assert "1 of its 34 are gone" in out
 
 
 def test_an_encoder_on_the_way_says_so(finished, tmp_path):

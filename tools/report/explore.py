@@ -4,6 +4,8 @@ Cosines are of embeddings less their mean: those of the embeddings themselves ar
 """
 
 from collections import Counter
+from itertools import chain
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
@@ -11,43 +13,37 @@ import torch.nn.functional as F
 from data import balanced_subset
 from images.copies import LIKE_PIXELS, alike, nearest_rows, outlines
 from infra import files
+from infra.console import log
 from infra.device import generator
 from tools.lists import write_csv
 from tools.probe import probe_predictions
 
-MOST = 10_000  # images that k-means is fitted to, and up to which all pairs are compared in full
-N_COMPONENTS = 128  # of more images: principal components, by which candidates are chosen
-N_NEAREST = 5  # candidates of each image
+N_NEAREST = 5  # images that each is compared with
 N_BOUND = 1000  # images whose pairs give the bound for duplicates
 FEW_PAIRS = 1e-5  # the share of them that may be above the bound
-KINDS = ("same file", "same pixels", "similar")
 LISTS = {  # of each file: its columns
     "clusters": ("path", "cluster", "cosine"),
-    "duplicates": ("group", "kind", "path"),
+    "duplicates": ("path", "group", "kind"),
     "lonely": ("path", "cosine"),
     "doubtful": ("path", "label", "predicted", "confidence", "split"),
 }
 
 
 def explore(collection, probe, n_clusters):
-    """Return ({name of a list: what is found}, the bound of similar images).
+    """Return ({name: list}, the bound of similar images).
 
-    Without pictures there are no duplicates, and without a probe no doubtful labels. probe: the
-    content of probe.pt, or {}. Rows are those of the Collection.
-    clusters: (rows, cosines to the centre) of each, the largest first, in it the nearest.
-    duplicates: groups of (kind, row). lonely: (cosine to the nearest other image, row), the
-    loneliest first. doubtful: (confidence, row, predicted class), the most confident first.
+    The columns are those of LISTS, with the row of the Collection in the place of the path. Without
+    pictures there are no duplicates, and without a probe no doubtful labels. probe: the content of
+    probe.pt, or {}.
     """
-    x = centred(collection.embeddings)
-    cosine, nearest = nearest_others(x)
-    found = {"clusters": clusters_of(x, n_clusters)}
-    bound = 1.0
+    found = {"clusters": clusters_of(centred(collection.embeddings), n_clusters)}
+    bound = bound_of(collection)
+    cosine, nearest = nearest_others(collection.embeddings)
     if (collection.places >= 0).any():
-        bound = bound_of(x, collection)
-        pairs = similar_pairs(cosine, nearest, bound, collection)
-        found["duplicates"] = duplicate_groups(collection, pairs)
-    if len(x) > 1:
-        found["lonely"] = sorted(zip(cosine[:, 0].tolist(), range(len(x)), strict=True))
+        found["duplicates"] = duplicates(collection, cosine, nearest, bound)
+    if cosine.shape[1]:
+        lonely = zip(range(len(cosine)), cosine[:, 0].tolist(), strict=True)
+        found["lonely"] = sorted(lonely, key=itemgetter(1))
     if probe:
         found["doubtful"] = doubtful_labels(collection, probe)
     return found, bound
@@ -59,141 +55,114 @@ def centred(embeddings):
 
 
 def clusters_of(x, k):
-    """Return at most k clusters of x (N, d), unit vectors, by k-means: see explore."""
-    from sklearn.cluster import KMeans
+    """Return [(row, cluster, cosine to its centre)] of x (N, d), unit vectors, by k-means.
 
-    index = balanced_subset(None, len(x), MOST, generator(0, "clusters"))
-    kmeans = KMeans(min(k, len(index)), n_init=3, random_state=0).fit(x[index].numpy())
-    labels = torch.from_numpy(kmeans.predict(x.numpy()))
-    centres = F.normalize(torch.from_numpy(kmeans.cluster_centers_), dim=1)
-    clusters = []
-    for label in labels.unique():  # of equal rows some clusters are empty
-        rows = (labels == label).nonzero().flatten()
-        cosine, order = (x[rows] @ centres[label]).sort(descending=True, stable=True)
-        clusters.append((rows[order].tolist(), cosine.tolist()))
-    return sorted(clusters, key=lambda cluster: -len(cluster[0]))
-
-
-def nearest_others(x):
-    """Return (cosines, rows) of the N_NEAREST other rows that are nearest to each of x (N, d).
-
-    All are unit vectors. Both results are (N, at most N_NEAREST), the nearest first. Of more than
-    MOST rows the candidates are found by principal components.
+    The largest cluster, 1, comes first, and in it the nearest row.
     """
-    keys = x
-    if len(x) > MOST:
-        index = balanced_subset(None, len(x), 1000, generator(0, "components"))
-        components = torch.linalg.svd(x[index], full_matrices=False).Vh[:N_COMPONENTS]
-        keys = F.normalize(x @ components.T, dim=1)
-    _, rows = nearest_rows(keys, keys, N_NEAREST + 1)  # an image may be among its own
-    parts = zip(x.split(500), rows.split(500), strict=True)
-    cosine = torch.cat([torch.einsum("nd,nkd->nk", part, x[near]) for part, near in parts])
-    cosine[rows == torch.arange(len(x))[:, None]] = -2
+    from sklearn.cluster import MiniBatchKMeans
+
+    k = min(k, len(x))
+    labels = MiniBatchKMeans(k, n_init=3, random_state=0).fit_predict(x.numpy())
+    labels = torch.from_numpy(labels).long()
+    centres = F.normalize(torch.zeros(k, x.shape[1]).index_add_(0, labels, x), dim=1)
+    cosine = (x @ centres.T).gather(1, labels[:, None]).flatten()
+    by_size = [label for label, _ in Counter(labels.tolist()).most_common()]
+    members = zip(labels.tolist(), cosine.tolist(), strict=True)
+    clusters = [(row, by_size.index(label) + 1, cos) for row, (label, cos) in enumerate(members)]
+    return sorted(clusters, key=lambda member: (member[1], -member[2]))
+
+
+def nearest_others(embeddings):
+    """Return (cosines, rows), (N, at most N_NEAREST), of the other rows nearest to each (N, d)."""
+    cosine, rows = nearest_rows(embeddings, embeddings, N_NEAREST + 1)
+    cosine[rows == torch.arange(len(rows))[:, None]] = -2  # an image may be among its own
     cosine, order = cosine.sort(descending=True, stable=True)
     return cosine[:, :-1], rows.gather(1, order)[:, :-1]
 
 
-def bound_of(x, collection):
+def bound_of(collection):
     """Return the cosine that a share of FEW_PAIRS of random pairs with unlike pixels exceeds.
 
     1 if there are no such pairs. Images of one colour do not count.
     """
     there = (collection.places >= 0).nonzero().flatten()
+    if not len(there):
+        return 1.0
     rows = there[balanced_subset(None, len(there), N_BOUND, generator(0, "bound"))]
     shapes = F.normalize(outlines(collection[rows]), dim=1)
     is_plain = ~shapes.any(1)
     is_unlike = (shapes @ shapes.T <= LIKE_PIXELS) & ~is_plain & ~is_plain[:, None]
-    cosine = (x[rows] @ x[rows].T)[is_unlike.triu(1)]
+    x = F.normalize(collection.embeddings[rows] - collection.embeddings.mean(0), dim=1)
+    cosine = (x @ x.T)[is_unlike.triu(1)]
     return float(cosine.quantile(1 - FEW_PAIRS)) if len(cosine) else 1.0
 
 
-def similar_pairs(cosine, nearest, bound, collection):
-    """Return [(row, row)] of images with a cosine above the bound and like pixels.
+def duplicates(collection, cosine, nearest, bound):
+    """Return [(row, group, kind)]: a group is a connected component of pairs of duplicates.
 
-    cosine, nearest: what nearest_others returns.
-    """
-    is_there = collection.places >= 0
-    i, k = ((cosine > bound) & is_there[:, None] & is_there[nearest]).nonzero(as_tuple=True)
-    pairs = torch.stack([i, nearest[i, k]], 1)
-    parts = pairs.split(500) if len(pairs) else ()
-    return [pair for part in parts for pair in alike(part, collection, collection)]
-
-
-def duplicate_groups(collection, similar):
-    """Return the groups of duplicates: [[(kind, row)]].
-
-    They are the connected components of images with equal pixels and of similar ones, [(row, row)].
-    The kind of an image, one of KINDS, is its closest relation to another one of its group.
+    Similar images have a cosine above the bound and like pixels. The kind of an image is its
+    closest relation to another one. cosine, nearest: what nearest_others returns.
     """
     from scipy.sparse import coo_array  # comes with scikit-learn
     from scipy.sparse.csgraph import connected_components
 
-    digests = collection.digests()
-    first = {}  # row with these pixels
-    pairs = [(first.setdefault(digest, row), row) for row, digest in digests.items()] + similar
-    N = len(collection.names)
-    graph = coo_array(([1] * len(pairs), tuple(zip(*pairs, strict=True))), shape=(N, N))
+    is_there = collection.places >= 0
+    i, k = ((cosine > bound) & is_there[:, None] & is_there[nearest]).nonzero(as_tuple=True)
+    same_pixels = equal_pairs(collection.digests())
+    paths = {row: collection.path_of(row) for row in set(chain(*same_pixels))}
+    contents = {row: path and files.file_checksum(path) for row, path in paths.items()}
+    pairs = {
+        "same file": equal_pairs(contents),
+        "same pixels": same_pixels,
+        "similar": alike(torch.stack([i, nearest[i, k]], 1), collection, collection),
+    }
+    kinds = {}  # the closest first
+    for kind in pairs:
+        for row in chain(*pairs[kind]):
+            kinds.setdefault(row, kind)
+    N = len(cosine)
+    edges = torch.tensor(list(chain(*pairs.values())), dtype=torch.int64).view(-1, 2)
+    graph = coo_array(([1] * len(edges), tuple(edges.T.numpy())), shape=(N, N))
     _, component = connected_components(graph, directed=False)
     groups = {}
-    for kind, row in kinds_of(digests, collection):
-        groups.setdefault(component[row], []).append((kind, row))
-    groups = [group for group in groups.values() if len(group) > 1]
-    return sorted(groups, key=lambda group: (KINDS.index(group[0][0]), -len(group)))
+    for row, kind in kinds.items():
+        groups.setdefault(component[row], []).append((row, kind))
+    order = list(pairs)
+    ranked = sorted(groups.values(), key=lambda group: (order.index(group[0][1]), -len(group)))
+    return [(row, number, kind) for number, group in enumerate(ranked, 1) for row, kind in group]
 
 
-def kinds_of(digests, collection):
-    """Return [(kind, row)] of the rows of {row: checksum of the pixels}, the closest kind first.
-
-    An image whose pixels no other has is called similar.
-    """
-    n_pixels = Counter(digests.values())
-    contents = {}
-    for row, digest in digests.items():
-        if collection.folder and n_pixels[digest] > 1:
-            contents[row] = files.file_checksum(collection.folder / collection.names[row]) or row
-    n_files = Counter(contents.values())
-    kinds = []
-    for row, digest in digests.items():
-        kind = "same pixels" if n_pixels[digest] > 1 else "similar"
-        kinds.append(("same file" if n_files[contents.get(row)] > 1 else kind, row))
-    return sorted(kinds, key=lambda member: KINDS.index(member[0]))
+def equal_pairs(values):
+    """Return [(row, row)] of {row: value}: the first row of a value, and each other one of it."""
+    first = {}
+    pairs = [(first.setdefault(value, row), row) for row, value in values.items() if value]
+    return [(i, j) for i, j in pairs if i != j]
 
 
 def doubtful_labels(collection, probe):
-    """Return the images whose label is not what the probe predicts: see explore."""
+    """Return [(row, label, predicted, confidence, split)] where the probe contradicts the label.
+
+    The most confident come first.
+    """
     rows = (collection.labels >= 0).nonzero().flatten()
     confidence, predicted = probe_predictions(probe, collection.embeddings[rows])
-    is_wrong = predicted != collection.labels[rows]
-    found = (confidence[is_wrong], rows[is_wrong], predicted[is_wrong])
-    return sorted(zip(*(tensor.tolist() for tensor in found), strict=True), reverse=True)
+    predictions = zip(rows.tolist(), predicted.tolist(), confidence.tolist(), strict=True)
+    doubtful = [
+        (row, collection.label_of(row), collection.class_names[label], p, collection.splits[row])
+        for row, label, p in predictions
+        if label != collection.labels[row]
+    ]
+    return sorted(doubtful, key=itemgetter(3), reverse=True)
 
 
-def write_lists(lists, folder):
-    """Write the CSV files of LISTS into the folder. lists: {name: rows}.
-
-    A file of an earlier report that is not among them is removed.
-    """
-    for name, header in LISTS.items():
-        path = folder / f"{name}.csv"
-        if name in lists:
-            write_csv(path, header, lists[name])
-        elif path.is_file() and path.read_bytes().startswith(",".join(header).encode()):
-            path.unlink()
+def write_lists(found, collection, folder):
+    """Write each list of what explore found as NAME.csv into the folder, with paths for rows."""
+    for name, rows in found.items():
+        lines = [(collection.names[row], *map(as_text, cells)) for row, *cells in rows]
+        write_csv(folder / f"{name}.csv", LISTS[name], lines)
+        log.info(f"* List: {folder / name}.csv, {len(lines):,} rows")
 
 
-def lists_of(found, collection):
-    """Return {name: rows} of the lists of what explore found."""
-    names = collection.names
-    lists = {name: [] for name in found}
-    for number, cluster in enumerate(found["clusters"], 1):
-        for row, cosine in zip(*cluster, strict=True):
-            lists["clusters"].append((names[row], number, f"{cosine:.4f}"))
-    for number, group in enumerate(found.get("duplicates", ()), 1):
-        lists["duplicates"] += [(number, kind, names[row]) for kind, row in group]
-    for cosine, row in found.get("lonely", ()):
-        lists["lonely"].append((names[row], f"{cosine:.4f}"))
-    for confidence, row, predicted in found.get("doubtful", ()):
-        label = collection.label_of(row)
-        answer = (collection.class_names[predicted], f"{confidence:.4f}")
-        lists["doubtful"].append((names[row], label, *answer, collection.splits[row]))
-    return lists
+def as_text(cell):
+    """Return a cell of a list as the CSV file shows it."""
+    return f"{cell:.4f}" if isinstance(cell, float) else cell

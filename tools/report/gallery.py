@@ -2,6 +2,9 @@
 
 import base64
 import io
+from itertools import groupby, islice
+from operator import itemgetter
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,6 +13,7 @@ from PIL import Image
 
 from data import balanced_subset
 from images.copies import copies_text
+from infra import files
 from infra.device import generator
 
 SPRITE = 64  # pixels of an image in the sprite sheet
@@ -31,6 +35,13 @@ def data_uri(content, kind):
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
+def image_uri(image, kind, **options):
+    """Return a PIL image as a data: URI. kind: png or jpeg."""
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return data_uri(out.getvalue(), kind)
+
+
 def to_pil(pixels):
     """Return uint8 (3, H, W) as a PIL image."""
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
@@ -45,9 +56,7 @@ def thumb(collection, row, text="", mark="", note=""):
         return Picture("", alt, mark, note)
     image = to_pil(pixels)
     image.thumbnail((64, 64))
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return Picture(data_uri(out.getvalue(), "png"), alt, mark, note, collection.link(row))
+    return Picture(image_uri(image, "png"), alt, mark, note, collection.link(row))
 
 
 def sprite_sheet(collection, rows):
@@ -60,9 +69,18 @@ def sprite_sheet(collection, rows):
             line, column = divmod(i, COLUMNS)
             image = to_pil(pixels).resize((SPRITE, SPRITE))
             sheet.paste(image, (column * SPRITE, line * SPRITE))
-    out = io.BytesIO()
-    sheet.save(out, "JPEG", quality=80)
-    return data_uri(out.getvalue(), "jpeg")
+    return image_uri(sheet, "jpeg", quality=80)
+
+
+def write_page(out, template, context):
+    """Write a page by a jinja2 template, a path in tools/, atomically."""
+    import jinja2  # comes with torch
+
+    folder = jinja2.FileSystemLoader(Path(__file__).parents[1])
+    environment = jinja2.Environment(loader=folder, autoescape=True)
+    text = environment.get_template(template).render(context)
+    with files.atomic_write(out) as file:
+        file.write(text.encode(errors="replace"))
 
 
 def confused_pairs(matrix, truth, predicted, class_names, n_pairs=8):
@@ -125,38 +143,38 @@ def leaks(copies, collection, n):
 
     copies: what find_copies returned. A dict: text, and the first n pairs of Pictures.
     """
-    first = collection.rows_of("test")[0]
-    pairs = []
-    for test, train in copies["pairs"][:n].tolist():
-        rows = (int(first) + test, train)
-        titles = [collection.names[row] for row in rows]
-        pairs.append({"titles": titles, "examples": [thumb(collection, row) for row in rows]})
-    return {"text": copies_text(copies), "pairs": pairs}
+    first = int(collection.rows_of("test")[0])
+    pairs = copies["pairs"][:n].tolist()
+    return {
+        "text": copies_text(copies),
+        "pairs": [examples(collection, (first + test, train), 2) for test, train in pairs],
+    }
+
+
+def examples(collection, rows, n):
+    """Return the names of rows as titles, and the Pictures of the first n as examples: a dict."""
+    return {
+        "titles": [collection.names[row] for row in rows],
+        "examples": [thumb(collection, row) for row in rows[:n]],
+    }
 
 
 def overview(found, collection, n):
     """Return what a report shows of what explore found: at most n images of each thing."""
-
-    def thumbs(rows):
-        return [thumb(collection, row) for row in rows[:n]]
-
+    clusters = []
+    for _, members in groupby(found["clusters"], key=itemgetter(1)):
+        rows = [row for row, *_ in members]
+        clusters.append({"n": len(rows), **examples(collection, rows, n)})
     groups = []
-    for group in found.get("duplicates", ())[:n]:
-        kinds, rows = zip(*group, strict=True)
-        titles = [collection.names[row] for row in rows]
+    for _, members in islice(groupby(found.get("duplicates", ()), key=itemgetter(1)), n):
+        rows, _, kinds = zip(*members, strict=True)
         text = " and ".join(dict.fromkeys(kinds))
-        groups.append({"kinds": text, "titles": titles, "examples": thumbs(rows)})
-    return {
-        "clusters": [{"n": len(rows), "examples": thumbs(rows)} for rows, _ in found["clusters"]],
-        "groups": groups,
-        "lonely": [
-            thumb(collection, row, note=f"{cosine:.2f}")
-            for cosine, row in found.get("lonely", ())[:n]
-        ],
-        "doubtful": [
-            thumb(
-                collection, row, f"taken for {collection.class_names[predicted]}", note=f"{p:.2f}"
-            )
-            for p, row, predicted in found.get("doubtful", ())[:n]
-        ],
-    }
+        groups.append({"kinds": text, **examples(collection, rows, n)})
+    lonely = [
+        thumb(collection, row, note=f"{cosine:.2f}") for row, cosine in found.get("lonely", ())[:n]
+    ]
+    doubtful = [
+        thumb(collection, row, f"taken for {predicted}", note=f"{confidence:.2f}")
+        for row, _, predicted, confidence, _ in found.get("doubtful", ())[:n]
+    ]
+    return {"clusters": clusters, "groups": groups, "lonely": lonely, "doubtful": doubtful}

@@ -6,9 +6,7 @@ This file collects what the page shows; report.html is its jinja2 template.
 import importlib.util
 import math
 import os
-import time
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -36,8 +34,8 @@ from infra.errors import RunError, UsageError
 from infra.metrics import read_png
 from tools.compare import FINISHED, NO_PROBE, status
 from tools.probe import probe_predictions
-from tools.report.collection import collection_of
-from tools.report.explore import explore, lists_of, write_lists
+from tools.report.collection import collection_of, find_pictures
+from tools.report.explore import explore, write_lists
 from tools.report.figures import (
     FEW_CLASSES,
     classes_figure,
@@ -56,6 +54,7 @@ from tools.report.gallery import (
     neighbours,
     overview,
     thumb,
+    write_page,
 )
 from weights import random_encoder
 
@@ -76,7 +75,6 @@ METRIC_CURVES = {
     "uniformity": ("uniformity", "lower is better; near 0: collapsed"),
     "top1": ("linear probe, %", "higher is better"),
 }
-BASELINE_SECONDS = 20  # of encoding by an untrained encoder: for slow ones, of fewer images
 # Entries of a launch that are of no interest to a reader.
 HIDDEN = ("hparams", "result", "metrics", "collapse", "data", "checksum")
 
@@ -143,15 +141,10 @@ def report_command(args):
             f"run"
         )
     with drawing():
-        context, lists = images_context(run, results, args)
-        text = page(run, results, context)
+        context = page_context(run, results) | images_context(run, results, args, out.parent)
     if context["missing"]:
         log.warning(context["missing"])
-    write_lists(lists, out.parent)
-    with files.atomic_write(out) as file:
-        file.write(text.encode(errors="replace"))
-    for name in lists:
-        log.info(f"* List: {out.parent / name}.csv, {len(lists[name]):,} rows")
+    write_page(out, "report/report.html", context)
     log.info(f"* Report: {out}, {out.stat().st_size / 1e6:.1f} MB")
 
 
@@ -185,15 +178,10 @@ def read_results(run):
     return RunResults(state, result, {} if lost else encoded, probe or {}, lost)
 
 
-def page(run, results, context):
-    """Return the page as a text. What the run has not reached yet is left out.
-
-    context: what it shows of the images.
-    """
-    import jinja2  # comes with torch
-
+def page_context(run, results):
+    """Return what the page shows beside the images. What the run has not reached is left out."""
     launches = run.read_launches()
-    context = {
+    return {
         "name": run.dir.resolve().name,
         "hp": run.hp,
         "status": results.status,
@@ -207,11 +195,7 @@ def page(run, results, context):
         "settings": setting_rows(run.hp),
         "launches": [launch_rows(launch) for launch in launches],
         **seconds_context(launches),
-        **context,
     }
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=folder, autoescape=True)
-    return environment.get_template("report.html").render(context)
 
 
 def metric_curves(path):
@@ -329,12 +313,7 @@ def knn_rows(run, collection):
     def untrained(images):
         return encode_images(run, encoder, images, "baseline")["embeddings"]
 
-    few = some_rows(collection, "train", 20)
-    start = time.monotonic()
-    untrained(collection[few])
-    part = min(1, BASELINE_SECONDS * len(few) / (7000 * (time.monotonic() - start)))
-    train = some_rows(collection, "train", math.ceil(5000 * part))
-    test = some_rows(collection, "test", math.ceil(2000 * part))
+    train, test = (some_rows(collection, *of) for of in (("train", 1000), ("test", 500)))
     pixels = [collection[rows] for rows in (train, test)]
     representations = {
         "pixels": map(pixels_of, pixels),
@@ -375,25 +354,24 @@ def seconds_context(launches):
     return {"seconds": rows, "seconds_figure": svg(seconds_figure(seconds), alt)}
 
 
-def images_context(run, results, args):
-    """Return (what the page shows of the images and their embeddings, the rows of the lists).
+def images_context(run, results, args, folder):
+    """Return what the page shows of the images and their embeddings; write the lists of them.
 
     The map and the neighbours are of the test images, or of the training images if there are no
-    others. args: out, n_clusters and n_shown.
+    others. args: n_clusters and n_shown. folder: that of the page and the lists.
     """
     encoded = results.encoded
     if not encoded:
-        missing = (
-            ""
-            if run.checkpoint
-            else "no pictures of images: there is no checkpoint that can be read"
-        )
-        return {"missing": missing}, {}
-    folder = os.path.abspath((args.out or run.report).parent)
-    collection, missing = collection_of(run, encoded, folder)
+        missing = "no pictures of images: there is no checkpoint that can be read"
+        return {"missing": "" if run.checkpoint else missing}
+    collection = collection_of(run, encoded, os.path.abspath(folder))
+    missing = find_pictures(collection, run)
     split = "test" if "test" in encoded else "train"
     found, bound = explore(collection, results.probe, args.n_clusters)
-    lists = lists_of(found, collection)
+    write_lists(found, collection, folder)
+    numbers = {name: len(rows) for name, rows in found.items()}
+    if found.get("duplicates"):
+        numbers["duplicates"] = found["duplicates"][-1][1]  # the groups
     context = {
         "missing": missing,
         "split": split,
@@ -403,11 +381,12 @@ def images_context(run, results, args):
         "n_collapse": f"{min(N_COLLAPSE, collection.splits.count('train')):,}",
         "overview": overview(found, collection, args.n_shown),
         "bound": f"{bound:.3f}",
-        "found": {name: len(rows) for name, rows in found.items()},
+        "found": numbers,
         "n": len(collection.names),
     }
-    if len(collection.rows_of(split)) > 2:
-        context["map"] = map_of(collection, collection.rows_of(split))
+    rows = collection.rows_of(split)
+    if len(rows) > 2:
+        context["map"] = map_of(collection, rows)
     if (collection.places >= 0).any():
         context["neighbours"] = neighbours(collection, split, run.hp.seed)
     copies = encoded.get("test", {}).get("copies")
@@ -416,7 +395,7 @@ def images_context(run, results, args):
     if results.probe:
         context |= confusion_context(collection, results.probe)
         context |= baseline_context(run, collection)
-    return context, lists
+    return context
 
 
 def class_counts(collection):
