@@ -33,7 +33,7 @@ def add_cleanup(commands):
     parser.add_argument(
         "--artifacts",
         action="store_true",
-        help="remove the stored embeddings of finished runs too; resume encodes again",
+        help="remove the stored embeddings too; resume encodes again",
     )
     parser.add_argument("-y", dest="yes", action="store_true", help="do not ask")
     parser.set_defaults(command=cleanup_command)
@@ -48,18 +48,15 @@ def cleanup_command(args):
     runs = [Run(path) for path in sorted(args.log_folder.iterdir())]
     runs = [run for run in runs if run.hparams_yaml.is_file()]
     old = [path for run in runs for path in old_checkpoints(run, args.keep)]
-    n_old = len(old)
     if args.artifacts:
-        artifacts = [path for run in runs if is_finished(run) for path in run.artifacts.values()]
+        unused = [run for run in runs if not run.in_use()]
+        artifacts = [path for run in unused for path in run.artifacts.values()]
         old += [path for path in artifacts if path.exists()]
     size = sum(path.stat().st_size for path in old)
     log_room(runs)
     for path in old:
         log.info(path)
-    log.info(
-        f"{n_old} old checkpoints and {len(old) - n_old} files of embeddings in {len(runs)} "
-        f"experiments, {size / 1e6:,.1f} MB"
-    )
+    log.info(f"{len(old)} files of {len(runs)} experiments can go, {size / 1e6:,.1f} MB")
     if old and (args.yes or confirmed("Remove them? [y/N] ")):
         for path in old:
             path.unlink(missing_ok=True)
@@ -71,25 +68,14 @@ def cleanup_command(args):
 def log_room(runs):
     """Print how much room checkpoints, embeddings and the cache of decoded images take."""
     cache = cache_path("", "").parent
-    places = {
-        "checkpoints": [run.checkpoints for run in runs],
-        "embeddings (--artifacts)": [run.artifacts["train"].parent for run in runs],
-        f"decoded images of all runs in {cache}": [cache],
-    }
-    for name, folders in places.items():
-        log.info(f"{sum(map(bytes_in, folders)) / 1e6:10,.1f} MB {name}")
-
-
-def bytes_in(folder):
-    """Return the bytes of the files in a folder; a file with two names counts once."""
-    stats = [path.stat() for path in folder.glob("*") if path.is_file()]
-    return sum({stat.st_ino: stat.st_size for stat in stats}.values())
-
-
-def is_finished(run):
-    """Whether the last launch of a run finished, and none is under way."""
-    launches = run.read_launches()
-    return bool(launches) and launches[-1].get("outcome") == "finished" and not run.in_use()
+    for name, folders in (
+        ("checkpoints", [run.checkpoints for run in runs]),
+        ("embeddings (--artifacts)", [run.artifacts["train"].parent for run in runs]),
+        (f"decoded images of all runs in {cache}", [cache]),
+    ):
+        stats = [path.stat() for folder in folders for path in folder.glob("*")]
+        sizes = {stat.st_ino: stat.st_size for stat in stats}  # some files have two names
+        log.info(f"{sum(sizes.values()) / 1e6:10,.1f} MB {name}")
 
 
 def old_checkpoints(run, keep):

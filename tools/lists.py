@@ -10,8 +10,6 @@ from data import rank_in_class
 from infra import files
 from infra.distributed import on_main_process
 
-MOST_CLUSTERED = 5000  # images of which those to label are chosen; k-means of so many takes seconds
-
 
 @on_main_process
 def write_csv(path, header, rows):
@@ -29,11 +27,11 @@ def to_label(embeddings, confidence, n=100, n_clusters=20):
     embeddings: (N, d). confidence: (N,), that of their predicted labels. The images are clustered
     by k-means; the least confident of each cluster is taken, then the second of each, and so on.
     """
-    from sklearn.cluster import KMeans
+    from sklearn.cluster import MiniBatchKMeans
 
-    rows = confidence.argsort(stable=True)[:MOST_CLUSTERED]
+    rows = confidence.argsort(stable=True)
     x = F.normalize(embeddings[rows] - embeddings.mean(0), dim=1)
-    kmeans = KMeans(min(n_clusters, len(x)), n_init=1, random_state=0)
+    kmeans = MiniBatchKMeans(min(n_clusters, len(x)), n_init=3, random_state=0)
     clusters = torch.from_numpy(kmeans.fit_predict(x.numpy())).long()
     chosen = rank_in_class(clusters).argsort(stable=True)[:n]
     return rows[chosen], clusters[chosen]

@@ -30,6 +30,7 @@ import main
 from experiment import Run
 from hparams import PRESETS, SETTINGS, yaml_value
 from infra import device, files
+from infra.lock import locked
 from model import Encoder
 
 
@@ -198,11 +199,10 @@ def test_cleanup_asks_keeps_the_newest_and_says_how_much_it_freed(copy, tmp_path
     assert run("cleanup", "--log_folder", tmp_path / "missing", "--keep", "1", "-y").code == 2
 
 
-def test_cleanup_says_what_takes_the_room_and_removes_embeddings_of_finished_runs(
+def test_cleanup_says_what_takes_the_room_and_removes_embeddings_that_no_process_uses(
     copy, tmp_path, cache
 ):
-    unfinished = shutil.copytree(copy, tmp_path / "unfinished")
-    files.write_json(Run(unfinished).launches, [])
+    in_use = shutil.copytree(copy, tmp_path / "in use")
     (cache / "x.u8").parent.mkdir(exist_ok=True)
     (cache / "x.u8").write_bytes(bytes(3_000_000))
     result = run("cleanup", "--log_folder", tmp_path)
@@ -217,10 +217,11 @@ def test_cleanup_says_what_takes_the_room_and_removes_embeddings_of_finished_run
     (cache / "x.u8").unlink()
 
     before = files.read_pt(copy / "artifacts" / "test.pt")["embeddings"]
-    result = run("cleanup", "--log_folder", tmp_path, "--artifacts", "-y")
-    assert "0 old checkpoints and 2 files of embeddings in 2 experiments" in result.out
+    with locked(Run(in_use).lock):
+        result = run("cleanup", "--log_folder", tmp_path, "--artifacts", "-y")
+    assert "2 files of 2 experiments can go" in result.out
     assert not list((copy / "artifacts").iterdir())
-    assert len(list((unfinished / "artifacts").iterdir())) == 2
+    assert len(list((in_use / "artifacts").iterdir())) == 2
     assert "Encoding 'train'" in resume(copy).out
     assert torch.equal(files.read_pt(copy / "artifacts" / "test.pt")["embeddings"], before)
 

@@ -460,8 +460,8 @@ def test_the_bound_is_exceeded_by_few_random_pairs_with_unlike_pixels():
     x = torch.randn(200, 4, generator=torch.manual_seed(0))
     x[100:] = x[0]  # of one colour, or with like pixels
     pixels[100:150] = pixels[0]
-    bound = explore.bound_of(collection_of(pixels, x))
     x = F.normalize(x - x.mean(0), dim=1)
+    bound = explore.bound_of(x, collection_of(pixels, x))
     unlike = [float(x[i] @ x[j]) for i in range(100) for j in range(i)]
     assert 0.999 * max(unlike) < bound <= max(unlike) + 1e-6
 

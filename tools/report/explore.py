@@ -3,7 +3,6 @@
 Cosines are of embeddings less their mean: those of the embeddings themselves are all near 1.
 """
 
-from collections import Counter
 from itertools import chain
 from operator import itemgetter
 
@@ -36,10 +35,12 @@ def explore(collection, probe, n_clusters):
     pictures there are no duplicates, and without a probe no doubtful labels. probe: the content of
     probe.pt, or {}.
     """
-    found = {"clusters": clusters_of(centred(collection.embeddings), n_clusters)}
-    bound = bound_of(collection)
+    x = F.normalize(collection.embeddings - collection.embeddings.mean(0), dim=1)
+    found = {"clusters": clusters_of(x, n_clusters)}
+    bound = 1.0
     cosine, nearest = nearest_others(collection.embeddings)
     if (collection.places >= 0).any():
+        bound = bound_of(x, collection)
         found["duplicates"] = duplicates(collection, cosine, nearest, bound)
     if cosine.shape[1]:
         lonely = zip(range(len(cosine)), cosine[:, 0].tolist(), strict=True)
@@ -47,11 +48,6 @@ def explore(collection, probe, n_clusters):
     if probe:
         found["doubtful"] = doubtful_labels(collection, probe)
     return found, bound
-
-
-def centred(embeddings):
-    """Return the embeddings (N, d) less their mean, as unit vectors."""
-    return F.normalize(embeddings - embeddings.mean(0), dim=1)
 
 
 def clusters_of(x, k):
@@ -66,10 +62,10 @@ def clusters_of(x, k):
     labels = torch.from_numpy(labels).long()
     centres = F.normalize(torch.zeros(k, x.shape[1]).index_add_(0, labels, x), dim=1)
     cosine = (x @ centres.T).gather(1, labels[:, None]).flatten()
-    by_size = [label for label, _ in Counter(labels.tolist()).most_common()]
-    members = zip(labels.tolist(), cosine.tolist(), strict=True)
-    clusters = [(row, by_size.index(label) + 1, cos) for row, (label, cos) in enumerate(members)]
-    return sorted(clusters, key=lambda member: (member[1], -member[2]))
+    by_size = labels.bincount(minlength=k).argsort(descending=True, stable=True)
+    numbers = by_size.argsort()[labels] + 1
+    members = zip(range(len(x)), numbers.tolist(), cosine.tolist(), strict=True)
+    return sorted(members, key=lambda member: (member[1], -member[2]))
 
 
 def nearest_others(embeddings):
@@ -80,20 +76,17 @@ def nearest_others(embeddings):
     return cosine[:, :-1], rows.gather(1, order)[:, :-1]
 
 
-def bound_of(collection):
+def bound_of(x, collection):
     """Return the cosine that a share of FEW_PAIRS of random pairs with unlike pixels exceeds.
 
     1 if there are no such pairs. Images of one colour do not count.
     """
     there = (collection.places >= 0).nonzero().flatten()
-    if not len(there):
-        return 1.0
     rows = there[balanced_subset(None, len(there), N_BOUND, generator(0, "bound"))]
     shapes = F.normalize(outlines(collection[rows]), dim=1)
     is_plain = ~shapes.any(1)
     is_unlike = (shapes @ shapes.T <= LIKE_PIXELS) & ~is_plain & ~is_plain[:, None]
-    x = F.normalize(collection.embeddings[rows] - collection.embeddings.mean(0), dim=1)
-    cosine = (x @ x.T)[is_unlike.triu(1)]
+    cosine = (x[rows] @ x[rows].T)[is_unlike.triu(1)]
     return float(cosine.quantile(1 - FEW_PAIRS)) if len(cosine) else 1.0
 
 
