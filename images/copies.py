@@ -7,7 +7,8 @@ from images.cache import ImageFile, digest_of
 from infra.device import generator
 
 MOST_SEARCHED = 10_000  # test images whose near copies are searched: among 50,000 it takes seconds
-N_COMPONENTS = 128  # principal components, by which near rows are chosen
+MANY_PAIRS = 10**8  # of rows, above which the nearest are chosen by principal components
+N_COMPONENTS = 128
 N_CANDIDATES = 2  # near copies of each test image that are looked at
 # Cosines of a near copy and its original. Either alone is too little: images of one kind have such
 # embeddings, and images with the same light and dark parts such pixels.
@@ -61,25 +62,34 @@ def digests_of(images):
 
 def near_pairs(rows, images, others, x, x_others, device):
     """Return [(row of an image, row of its near copy)] of these rows, the nearest copy first."""
-    cosine, nearest = nearest_rows(x[rows], x_others, N_CANDIDATES, device)
+    mean = x_others.mean(0)
+    queries, keys = centred(x[rows], mean), centred(x_others, mean)
+    cosine, nearest = nearest_rows(queries, keys, N_CANDIDATES, device)
     i, k = (cosine > LIKE_EMBEDDINGS).nonzero(as_tuple=True)
     return alike(torch.stack([rows[i], nearest[i, k]], 1), images, others)
+
+
+def centred(embeddings, mean):
+    """Return embeddings (N, d) less a mean (d,), as unit vectors."""
+    return F.normalize(embeddings - mean, dim=1)
 
 
 def nearest_rows(x, others, k, device="cpu"):
     """Return (cosines, rows) of the k others (M, d) that are nearest to each x (n, d).
 
-    Both are (n, k), on the CPU, the nearest first. The cosines are of embeddings less the mean of
-    the others. The rows are chosen by N_COMPONENTS principal components, which find nearly all.
+    All are unit vectors. Both results are (n, k), on the CPU, the nearest first. The rows of more
+    than MANY_PAIRS are chosen by principal components of the others, which find nearly all.
     """
-    mean = others.mean(0)
-    some = torch.randperm(len(others), generator=generator(0, "components"))[:1000]
-    axes = torch.linalg.svd(others[some] - mean, full_matrices=False).Vh[:N_COMPONENTS].T
-    queries, keys = (F.normalize(e @ axes - mean @ axes, dim=1).to(device) for e in (x, others))
+    queries, keys = x, others
+    if len(x) * len(others) > MANY_PAIRS:
+        some = torch.randperm(len(others), generator=generator(0, "components"))[:1000]
+        axes = torch.linalg.svd(others[some], full_matrices=False).Vh[:N_COMPONENTS].T
+        queries, keys = (F.normalize(e @ axes, dim=1) for e in (x, others))
+    keys = keys.to(device)
     cosines, rows = [], []
     for part, query in zip(x.split(500), queries.split(500), strict=True):
-        near = (query @ keys.T).topk(min(k, len(others))).indices.cpu()
-        cosine = F.cosine_similarity(part[:, None] - mean, others[near] - mean, dim=2)
+        near = (query.to(device) @ keys.T).topk(min(k, len(others))).indices.cpu()
+        cosine = torch.einsum("nd,nkd->nk", part, others[near])
         cosine, order = cosine.sort(descending=True, stable=True)
         cosines.append(cosine)
         rows.append(near.gather(1, order))

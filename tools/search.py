@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from PIL import Image
 
 import emp_ssl
-from evaluate import nearest
 from hparams import SETTINGS, Setting
+from images.copies import centred, nearest_rows
 from images.folders import find_images
 from images.pixels import UnreadableImage, read_image
 from infra import distributed, files
@@ -61,10 +60,12 @@ def search_command(args):
         items = [Item(str(Path(path).relative_to(args.images)), file=path) for path in searched]
     else:
         x, items = images_of_run(embedder.run)
+    mean = x.mean(0)
+    cosines, rows = nearest_rows(centred(queries, mean), centred(x, mean), args.k)
     found = []
-    for path, cosines, rows in zip(paths, *nearest_centred(x, queries, args.k), strict=True):
+    for path, *nearest in zip(paths, cosines.tolist(), rows.tolist(), strict=True):
         log.info(path)
-        hits = [(f"{cosine:.2f}", items[row]) for cosine, row in zip(cosines, rows, strict=True)]
+        hits = [(f"{cosine:.2f}", items[row]) for cosine, row in zip(*nearest, strict=True)]
         for cosine, item in hits:
             log.info(f"{cosine:>6} {item.name}  {item.class_name}".rstrip())
         found.append((Item(path, file=path), hits))
@@ -84,17 +85,6 @@ def images_of_run(run):
         for row, name in enumerate(collection.names)
     ]
     return collection.embeddings, items
-
-
-def nearest_centred(x, queries, k):
-    """Return (cosines, rows) of the k rows of x (N, d) nearest to each query (n, d), as lists.
-
-    The mean of x is taken from both first: else all cosines are near 1.
-    """
-    mean = x.mean(0)
-    x, queries = (F.normalize(part - mean, dim=1) for part in (x, queries))
-    cosines, rows = nearest(x, queries, k)
-    return cosines.tolist(), rows.tolist()
 
 
 def write_sheet(out, found, decoding):

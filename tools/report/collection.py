@@ -66,15 +66,10 @@ class Collection:
         return self.folder and self.folder / self.names[row]
 
     def link(self, row):
-        """Return the URL of the original, relative to the page if it can be; "" without a file."""
+        """Return the URL of the original, relative to the page; "" without a file."""
         if self.folder is None or self.places[row] < 0:
             return ""
-        path = os.path.abspath(self.path_of(row))
-        try:
-            relative = os.path.relpath(path, self.page)
-        except ValueError:  # Windows: on another drive
-            return Path(path).as_uri()
-        return quote(os.fsencode(relative.replace(os.sep, "/")))
+        return quote(os.fsencode(os.path.relpath(self.path_of(row), self.page)))
 
 
 def collection_of(run, encoded, page=""):

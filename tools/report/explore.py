@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from data import balanced_subset
-from images.copies import LIKE_PIXELS, alike, nearest_rows, outlines
+from images.copies import LIKE_PIXELS, alike, centred, nearest_rows, outlines
 from infra import files
 from infra.console import log
 from infra.device import generator
@@ -35,10 +35,10 @@ def explore(collection, probe, n_clusters):
     pictures there are no duplicates, and without a probe no doubtful labels. probe: the content of
     probe.pt, or {}.
     """
-    x = F.normalize(collection.embeddings - collection.embeddings.mean(0), dim=1)
+    x = centred(collection.embeddings, collection.embeddings.mean(0))
     found = {"clusters": clusters_of(x, n_clusters)}
     bound = 1.0
-    cosine, nearest = nearest_others(collection.embeddings)
+    cosine, nearest = nearest_others(x)
     if (collection.places >= 0).any():
         bound = bound_of(x, collection)
         found["duplicates"] = duplicates(collection, cosine, nearest, bound)
@@ -68,9 +68,9 @@ def clusters_of(x, k):
     return sorted(members, key=lambda member: (member[1], -member[2]))
 
 
-def nearest_others(embeddings):
-    """Return (cosines, rows), (N, at most N_NEAREST), of the other rows nearest to each (N, d)."""
-    cosine, rows = nearest_rows(embeddings, embeddings, N_NEAREST + 1)
+def nearest_others(x):
+    """Return (cosines, rows) of at most N_NEAREST other rows nearest to each of x (N, d)."""
+    cosine, rows = nearest_rows(x, x, N_NEAREST + 1)
     cosine[rows == torch.arange(len(rows))[:, None]] = -2  # an image may be among its own
     cosine, order = cosine.sort(descending=True, stable=True)
     return cosine[:, :-1], rows.gather(1, order)[:, :-1]

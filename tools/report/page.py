@@ -104,13 +104,10 @@ def add_report(commands):
         metavar="FILE.html",
         help="the page (default: report.html in the run folder)",
     )
-    for name, default, text in (
-        ("n_clusters", 10, "clusters of the images"),
-        ("n_shown", 12, "images shown of each cluster, pairs of the leaks, and so on"),
-    ):
-        parse = Setting(name, int, low=1).parse
-        help_text = f"{text} (default: {default})"
-        parser.add_argument(f"--{name}", type=parse, default=default, metavar="N", help=help_text)
+    add, number = parser.add_argument, Setting("number", int, low=1).parse
+    add("--n_clusters", type=number, default=10, metavar="N", help="clusters (default: 10)")
+    shown = "images shown of each cluster, pairs of the leaks, and so on (default: 12)"
+    add("--n_shown", type=number, default=12, metavar="N", help=shown)
     parser.set_defaults(command=report_command)
 
 
@@ -359,7 +356,7 @@ def images_context(run, results, args, folder):
     if not encoded:
         missing = "no pictures of images: there is no checkpoint that can be read"
         return {"missing": "" if run.checkpoint else missing}
-    collection = collection_of(run, encoded, os.path.abspath(folder))
+    collection = collection_of(run, encoded, folder)
     missing = find_pictures(collection, run)
     split = "test" if "test" in encoded else "train"
     found, bound = explore(collection, results.probe, args.n_clusters)
