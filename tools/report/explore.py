@@ -101,11 +101,11 @@ def duplicates(collection, cosine, nearest, bound):
 
     is_there = collection.places >= 0
     i, k = ((cosine > bound) & is_there[:, None] & is_there[nearest]).nonzero(as_tuple=True)
-    same_pixels = equal_pairs(collection.digests())
+    same_pixels = equal_rows(collection.digests())
     paths = {row: collection.path_of(row) for row in set(chain(*same_pixels))}
     contents = {row: path and files.file_checksum(path) for row, path in paths.items()}
     pairs = {
-        "same file": equal_pairs(contents),
+        "same file": equal_rows(contents),
         "same pixels": same_pixels,
         "similar": alike(torch.stack([i, nearest[i, k]], 1), collection, collection),
     }
@@ -125,7 +125,7 @@ def duplicates(collection, cosine, nearest, bound):
     return [(row, number, kind) for number, group in enumerate(ranked, 1) for row, kind in group]
 
 
-def equal_pairs(values):
+def equal_rows(values):
     """Return [(row, row)] of {row: value}: the first row of a value, and each other one of it."""
     first = {}
     pairs = [(first.setdefault(value, row), row) for row, value in values.items() if value]
@@ -151,11 +151,9 @@ def doubtful_labels(collection, probe):
 def write_lists(found, collection, folder):
     """Write each list of what explore found as NAME.csv into the folder, with paths for rows."""
     for name, rows in found.items():
-        lines = [(collection.names[row], *map(as_text, cells)) for row, *cells in rows]
+        lines = []
+        for row, *cells in rows:
+            cells = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in cells]
+            lines.append((collection.names[row], *cells))
         write_csv(folder / f"{name}.csv", LISTS[name], lines)
         log.info(f"* List: {folder / name}.csv, {len(lines):,} rows")
-
-
-def as_text(cell):
-    """Return a cell of a list as the CSV file shows it."""
-    return f"{cell:.4f}" if isinstance(cell, float) else cell
