@@ -55,10 +55,10 @@ def clusters_of(x, k):
 
     The largest cluster, 1, comes first, and in it the nearest row.
     """
-    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.cluster import KMeans
 
     k = min(k, len(x))
-    labels = MiniBatchKMeans(k, n_init=3, random_state=0).fit_predict(x.numpy())
+    labels = KMeans(k, n_init=1, random_state=0).fit_predict(x.numpy())
     labels = torch.from_numpy(labels).long()
     centres = F.normalize(torch.zeros(k, x.shape[1]).index_add_(0, labels, x), dim=1)
     cosine = (x @ centres.T).gather(1, labels[:, None]).flatten()
