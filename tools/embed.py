@@ -16,7 +16,7 @@ from infra import files
 from infra.console import log
 from infra.distributed import on_main_process, process_group
 from infra.errors import UsageError
-from tools.lists import to_label, write_csv
+from tools.lists import to_label
 from tools.probe import probe_predictions, stored_embeddings
 from tools.report.collection import collection_of, find_pictures
 
@@ -70,7 +70,7 @@ def embed_command(args):
     shape = tuple(embeddings.shape)
     log.info(f"* Wrote {args.out}: embeddings {shape}, paths {names.shape}, device: {run.device}")
     if columns:
-        write_csv(table, ["path", *columns], zip(names, *columns.values(), strict=True))
+        files.write_csv(table, ["path", *columns], zip(names, *columns.values(), strict=True))
         log.info(f"* Wrote {table}: path, {', '.join(columns)}")
     if known and "confidence" in columns:
         list_to_label(table, known, paths, embeddings, {"path": names, **columns})
@@ -137,7 +137,7 @@ def list_to_label(table, known, paths, embeddings, columns):
     chosen = [rows[i] for i in chosen.tolist()]
     header = ["path", "predicted", "confidence"]
     lines = zip(*(columns[name][chosen] for name in header), clusters.tolist(), strict=True)
-    write_csv(path, [*header, "cluster"], lines)
+    files.write_csv(path, [*header, "cluster"], lines)
     log.info(f"* Wrote {path}: {len(chosen)} images whose label would help most")
 
 

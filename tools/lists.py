@@ -1,24 +1,9 @@
-"""Lists of images as CSV files, to work with."""
-
-import csv
-import io
+"""Which images to label."""
 
 import torch
 import torch.nn.functional as F
 
 from data import rank_in_class
-from infra import files
-from infra.distributed import on_main_process
-
-
-@on_main_process
-def write_csv(path, header, rows):
-    """Write a header and rows as comma-separated values, atomically."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    with files.atomic_write(path) as file:
-        # A file's name need not be UTF-8.
-        file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 def to_label(embeddings, confidence, n=100, n_clusters=20):

@@ -14,7 +14,6 @@ from images.copies import LIKE_PIXELS, alike, centred, nearest_rows, outlines
 from infra import files
 from infra.console import log
 from infra.device import generator
-from tools.lists import write_csv
 from tools.probe import probe_predictions
 
 N_NEAREST = 5  # images that each is compared with
@@ -155,5 +154,5 @@ def write_lists(found, collection, folder):
         for row, *cells in rows:
             cells = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in cells]
             lines.append((collection.names[row], *cells))
-        write_csv(folder / f"{name}.csv", LISTS[name], lines)
+        files.write_csv(folder / f"{name}.csv", LISTS[name], lines)
         log.info(f"* List: {folder / name}.csv, {len(lines):,} rows")
