@@ -137,7 +137,7 @@ def confusion_figure(matrix, class_names):
         ax.set_xticks(range(C), class_names, rotation=90)
         ax.set_yticks(range(C), class_names)
         for i, j in matrix.nonzero().tolist():
-            options = {"color": "white"} if share[i, j] > 0.5 else {}
+            options = {"color": "white"} if share[i, j] > 0.9 else {}
             ax.text(j, i, int(matrix[i, j]), ha="center", va="center", fontsize=6, **options)
     return figure
 

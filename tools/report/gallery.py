@@ -2,7 +2,8 @@
 
 import base64
 import io
-from itertools import groupby, islice
+import math
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -159,6 +160,19 @@ def examples(collection, rows, n):
     }
 
 
+def some_of_each_kind(groups, n):
+    """Return the first groups of each kind, about n in all: links would hide the similar images.
+
+    groups: lists of (row, group, kind), the closest kind first.
+    """
+    by_kind = {}
+    for group in groups:
+        *_, kind = group[0]
+        by_kind.setdefault(kind, []).append(group)
+    n_of_kind = math.ceil(n / max(1, len(by_kind)))
+    return [group for some in by_kind.values() for group in some[:n_of_kind]]
+
+
 def overview(found, collection, n):
     """Return what a report shows of what explore found: at most n images of each thing."""
     clusters = []
@@ -166,8 +180,9 @@ def overview(found, collection, n):
         rows = [row for row, *_ in members]
         clusters.append({"n": len(rows), **examples(collection, rows, n)})
     groups = []
-    for _, members in islice(groupby(found.get("duplicates", ()), key=itemgetter(1)), n):
-        rows, _, kinds = zip(*members, strict=True)
+    duplicates = groupby(found.get("duplicates", ()), key=itemgetter(1))
+    for group in some_of_each_kind([list(members) for _, members in duplicates], n):
+        rows, _, kinds = zip(*group, strict=True)
         text = " and ".join(dict.fromkeys(kinds))
         groups.append({"kinds": text, **examples(collection, rows, n)})
     lonely = [
