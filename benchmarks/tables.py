@@ -307,6 +307,29 @@ def choices_table():
     return f"{markdown(columns, rows)}\n\nCommit {commit}. {measured}"
 
 
+def lab_table():
+    """Return how often neighbours lie in the same sub-folder, and what a lab's jobs take."""
+    results = results_of("lab")
+    n, probe, jobs = (results[name] for name in ("n", "probe", "jobs"))
+    shares = results["leaves"]
+    rows = [
+        [kind, *(f"{share[kind]:.1f}%" for share in shares.values())]
+        for kind in ("as given", "centred")
+    ]
+    seconds = ", ".join(f"{name} {job['seconds']:.0f}" for name, job in jobs.items())
+    disturbed = ", while other programs used the cores too" if results["disturbed"] else ""
+    commit = version_text(list(jobs.values()), "benchmarks/lab.py")
+    return (
+        f"{markdown(['cosine', *shares], rows)}\n\n"
+        f"The share of the five nearest images that lie in the same sub-folder, of "
+        f"{n['images']:,} images. The linear probe with {n['labelled']:,} labels, of "
+        f"{probe['n_test']:,} held-out images: {probe['top1']:.1f}%, balanced "
+        f"{probe['balanced_top1']:.1f}%, always the largest class {probe['largest_class']:.1f}%. "
+        f"Seconds{disturbed}: {seconds}. Commit {commit}. "
+        f"{measured_by('lab', [results['machine']])}"
+    )
+
+
 FINDINGS_COLUMNS = ("options", "published", "top1", "train_top1", "knn_top1", "commit", "verdict")
 TABLES = {
     "options": options_table,
@@ -319,6 +342,7 @@ TABLES = {
     "search": search_table,
     "speed-cpu": speed_table,
     "choices": choices_table,
+    "lab": lab_table,
 }
 
 

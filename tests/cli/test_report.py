@@ -456,6 +456,12 @@ def test_duplicates_are_put_into_groups_by_their_kind(tmp_path):
     explore.write_lists(found, collection, tmp_path)
     first = rows_of(tmp_path / "duplicates.csv")[0]
     assert first == {"path": "6.png", "group": "1", "kind": "same file"}
+    shown = gallery.overview(found, collection, 3)["groups"]  # one of each kind
+    assert [group["kinds"] for group in shown] == [
+        "same file and similar",
+        "same pixels",
+        "similar",
+    ]
 
 
 def test_the_bound_is_exceeded_by_few_random_pairs_with_unlike_pixels():
