@@ -11,6 +11,7 @@ import statistics
 from functools import partial
 
 from benchmarks.common import RESULTS_FOLDER, ROOT, version_text
+from benchmarks.lab import LEFT_OUT, N_QUERIES
 from benchmarks.peers import COMPARED_METHODS, N_FIT, N_SCORED
 from benchmarks.peers_methods import METHODS, PRESET_TRY, label
 from benchmarks.rows import GROUPS, RUN_BUDGETS, all_options, rows_of
@@ -310,20 +311,20 @@ def choices_table():
 def lab_table():
     """Return how often neighbours lie in the same sub-folder, and what a lab's jobs take."""
     results = results_of("lab")
-    n, probe, jobs = (results[name] for name in ("n", "probe", "jobs"))
-    shares = results["leaves"]
+    n, probe, jobs, shares = (results[name] for name in ("n", "probe", "jobs", "leaves"))
     rows = [
         [kind, *(f"{share[kind]:.1f}%" for share in shares.values())]
         for kind in ("as given", "centred")
     ]
-    seconds = ", ".join(f"{name} {job['seconds']:.0f}" for name, job in jobs.items())
+    seconds = "; ".join(f"{name} {job['seconds']:.0f}" for name, job in jobs.items())
     disturbed = ", while other programs used the cores too" if results["disturbed"] else ""
     commit = version_text(list(jobs.values()), "benchmarks/lab.py")
     return (
         f"{markdown(['cosine', *shares], rows)}\n\n"
-        f"The share of the five nearest images that lie in the same sub-folder, of "
-        f"{n['images']:,} images. The linear probe with {n['labelled']:,} labels, of "
-        f"{probe['n_test']:,} held-out images: {probe['top1']:.1f}%, balanced "
+        f"How many of the five nearest images lie in the sub-folder of an image: {N_QUERIES:,} "
+        f"random ones outside of `{LEFT_OUT}`, links left out. {n['images']:,} images, one seed. "
+        f"The linear probe with {n['labelled']:,} labels, on the {probe['n_test']:,} of them that "
+        f"are held out: {probe['top1']:.1f}%, balanced "
         f"{probe['balanced_top1']:.1f}%, always the largest class {probe['largest_class']:.1f}%. "
         f"Seconds{disturbed}: {seconds}. Commit {commit}. "
         f"{measured_by('lab', [results['machine']])}"
