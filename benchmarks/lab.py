@@ -187,6 +187,7 @@ def main(argv=None):
         print(f"{name}: {seconds:.1f} seconds", flush=True)
         if name == "encode untrained":  # the images must not have grown yet
             results |= {"leaves": leaves(folder), "probe": probe_figures(folder)}
+            results["commit"] = this_commit()
         files.write_json(path, results)
 
 

@@ -318,7 +318,7 @@ def lab_table():
     ]
     seconds = "; ".join(f"{name} {job['seconds']:.0f}" for name, job in jobs.items())
     disturbed = ", while other programs used the cores too" if results["disturbed"] else ""
-    commit = version_text(list(jobs.values()), "benchmarks/lab.py")
+    commit = version_text([results, *jobs.values()])
     return (
         f"{markdown(['cosine', *shares], rows)}\n\n"
         f"How many of the five nearest images lie in the sub-folder of an image: {N_QUERIES:,} "

@@ -41,7 +41,7 @@ def test_all_jobs_run_once_and_keep_their_figures(tmp_path, monkeypatch):
     assert all(
         0 <= share <= 100 for shares in results["leaves"].values() for share in shares.values()
     )
-    assert 0 <= results["probe"]["balanced_top1"] <= 100
+    assert 0 <= results["probe"]["balanced_top1"] <= 100 and results["commit"]
 
     called.clear()
     lab.main(list(map(str, words)))
