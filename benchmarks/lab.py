@@ -26,7 +26,6 @@ from data import Images
 from experiment import Run
 from images.folders import find_images
 from infra import files
-from tools.lists import write_csv
 from tools.probe import stored_embeddings
 from tools.report.page import colour_histograms, pixels_of
 
@@ -58,7 +57,7 @@ def begin(images, folder, first, labelled):
     link_images(first, images, folder / "images")
     link_images(first[::10], images, folder / "tenth")
     names = [path.relative_to(images) for path in labelled]
-    write_csv(file, ("path", "label"), [(name, name.parts[0]) for name in names])
+    files.write_csv(file, ("path", "label"), [(name, name.parts[0]) for name in names])
 
 
 def link_images(paths, root, folder):
