@@ -87,7 +87,7 @@ def test_a_budget_sets_the_epochs_of_a_new_run(tiny, tmp_path, monkeypatch):
 
 def test_a_short_budget_takes_a_smaller_network_of_the_preset(monkeypatch, caplog):
     """Encoding takes 50 s with the preset's network, 40 with the smaller one, half without mirror
-    images; 40 steps are an epoch.
+    images; 40 steps of 100 images are an epoch.
     """
 
     def costs_of(hp, *_):
@@ -100,17 +100,21 @@ def test_a_short_budget_takes_a_smaller_network_of_the_preset(monkeypatch, caplo
     for minutes, given, expected in (
         (2, [], ": n_epochs 3.5; 140 steps"),
         (1.2, [], ": arch resnet10-tiny, n_epochs 1.6; 64 steps"),
-        (0.9, [], ": arch resnet10-tiny, mirror false, n_epochs 1.7; 68 steps"),
-        (0.9, ["--arch", "resnet10-mini"], ": mirror false, n_epochs 1.45; 58 steps"),
+        (0.9, [], ": arch resnet10-tiny, mirror false, bs 50, n_epochs 0.85; 68 steps"),
+        (0.9, ["--arch", "resnet10-mini"], ": mirror false, bs 50, n_epochs 0.725; 58 steps"),
         # 5,000 images are encoded in 20 s; 12 s are for 1,000 test and 2,000 training images
-        (0.3, [], ": arch resnet10-tiny, mirror false, n_images 2000, n_epochs 0.6; 12 steps"),
+        (
+            0.3,
+            [],
+            ": arch resnet10-tiny, mirror false, bs 50, n_images 2000, n_epochs 0.3; 12 steps",
+        ),
     ):
         caplog.clear()
         args = cli.parse(["train", *options, *given])
         hp = cli.hparams_of(args)
         changed = forecast.within_budget(hp, minutes, cli.lighter_settings(args))
         assert f"--budget {minutes:g}{expected}" in caplog.text
-        names = ("n_epochs", "arch", "mirror", "n_images")
+        names = ("n_epochs", "arch", "mirror", "bs", "n_images")
         assert changed == replace(hp, **{name: getattr(changed, name) for name in names})
         for name in set(names) & set(expected.replace(",", "").split()):
             assert f"{name} {yaml_value(getattr(changed, name))}" in expected
@@ -285,7 +289,6 @@ def test_labels_from_a_csv_file(tiny, images, finished, tmp_path):
 
     command = [*tiny, "--data_dir", folder, "--labels", file, "--log_folder", tmp_path / "no"]
     for text, words in (
-        ("\n".join(rows[:-1]), "have no label"),
         ("a,b,c", "row 1 has 3 columns"),
         ("\n".join(rows).replace("down", "across"), "fewer than two labels"),
     ):

@@ -304,7 +304,7 @@ def test_a_finished_run_in_a_folder_that_can_not_be_written(copy, tmp_path, monk
     monkeypatch.setattr(os, "access", lambda path, mode: path != copy and writable(path, mode))
     monkeypatch.setattr(lock, "open", os_error(errno.EROFS), raising=False)
     monkeypatch.setattr(Path, "mkdir", mkdir_elsewhere)
-    monkeypatch.setattr(page, "page", lambda *args: "page")
+    monkeypatch.setattr(page, "images_context", lambda *args: {"missing": ""})  # it takes seconds
     result = resume(copy)
     assert (result.code, result.err) == (0, "")
     assert "linear probe" in result.out
@@ -312,7 +312,7 @@ def test_a_finished_run_in_a_folder_that_can_not_be_written(copy, tmp_path, monk
     export = ["export", "--exp_dir", copy, "--format", "torchvision"]
     assert refused(run(*export), 1, "Read-only file system", "--out")
     assert run("report", "--exp_dir", copy, "--out", tmp_path / "x.html").code == 0
-    assert (tmp_path / "x.html").read_text() == "page"
+    assert copy.name in (tmp_path / "x.html").read_text()
     assert run(*export, "--out", tmp_path / "new" / "folder").code == 0
     assert (tmp_path / "new" / "folder" / "backbone.pt").exists()
     assert refused(resume(copy, "--n_epochs 3"), 1, copy, "can't be written", "copy it")

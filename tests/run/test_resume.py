@@ -294,7 +294,8 @@ def test_a_folder_that_has_grown_is_told_with_two_ways_on_that_work(
 ):
     """By a finished run, its report, and a run whose training goes on, which is refused."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tools.report.page.page", lambda *args: "")  # it takes seconds
+    # It takes seconds.
+    monkeypatch.setattr("tools.report.page.images_context", lambda *args: {"missing": ""})
     data = shutil.copytree(images, tmp_path / "my images")
     command = [*tiny, "--data_dir", data, "--exp_name", "it's mine", "--log_folder", "the logs"]
     assert run(*command).code == 0
