@@ -302,10 +302,15 @@ def seconds_of_probe(hp, machine, images, dim):
     """
     n_classes = len(images["train"].class_names)
     n_test = len(images["test"].images)
-    n_epochs, n_queries = 2, 200
+    n_epochs = 2
     fit = Fit(n_epochs=n_epochs, bf16=machine.bf16)
     # The rates are tried, unless one is given, and then one is taken.
     tries = [[PROBE_LR], *([] if hp.eval_lr else [LRS])]
+
+    def seconds_of_neighbours(x, y, n_queries):
+        start = time.monotonic()
+        knn(x, y, x[:n_queries], y[:n_queries], n_classes, bf16=machine.bf16)
+        return time.monotonic() - start
 
     def seconds(n):
         x = torch.randn(n, dim, device=machine.device)
@@ -316,9 +321,8 @@ def seconds_of_probe(hp, machine, images, dim):
             for _ in softmax_regressions(inputs, y, lrs, n_classes, fit, range(n_epochs)):
                 x.sum().item()  # waits for a GPU
         probe = (time.monotonic() - start) * hp.n_eval_epochs / n_epochs
-        start = time.monotonic()
-        knn(x, y, x[:n_queries], y[:n_queries], n_classes, bf16=machine.bf16)
-        return probe + (time.monotonic() - start) * n_test / n_queries
+        few, many = seconds_of_neighbours(x, y, 200), seconds_of_neighbours(x, y, 1000)
+        return probe + few + max(0.0, many - few) / 800 * max(0, n_test - 200)
 
     seconds(1000)  # the first one takes longer
     short, long = seconds(1000), seconds(5000)
