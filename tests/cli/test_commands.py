@@ -120,6 +120,29 @@ def test_a_short_budget_takes_a_smaller_network_of_the_preset(monkeypatch, caplo
             assert f"{name} {yaml_value(getattr(changed, name))}" in expected
 
 
+def test_the_seconds_of_the_probe_grow_with_images_epochs_and_queries(monkeypatch):
+    """By a clock on which an image takes 10 us in an epoch of a rate, and a query 1 us."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+
+    def regressions(x, y, lrs, n_classes, fit, epochs):
+        for epoch in epochs:
+            clock.now += 1e-5 * len(x) * len(lrs)
+            yield epoch
+
+    def neighbours(x, y, queries, *_, **__):
+        clock.now += 1e-6 * len(x) * len(queries)
+
+    monkeypatch.setattr(forecast, "time", clock)
+    monkeypatch.setattr(forecast, "softmax_regressions", regressions)
+    monkeypatch.setattr(forecast, "knn", neighbours)
+    hp = SimpleNamespace(eval_lr=0.01, n_eval_epochs=10)
+    machine = SimpleNamespace(device="cpu", bf16=False)
+    train = SimpleNamespace(class_names=["a", "b"], images=range(50_000))
+    images = {"train": train, "test": SimpleNamespace(images=range(10_000))}
+    seconds = forecast.seconds_of_probe(hp, machine, images, 2)
+    assert seconds == pytest.approx(50_000 * (10 * 1e-5 + 10_000 * 1e-6))
+
+
 def test_a_budget_that_leaves_no_time_for_training(tiny, tmp_path):
     i = tiny.index("--n_epochs")
     argv = [*tiny[:i], *tiny[i + 2 :]]
