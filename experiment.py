@@ -282,6 +282,8 @@ class Run:
         By names and sizes. "" if they do not differ, or it is not known.
         """
         before = {path: size for _, path, size in self.read_images_csv()}
+        if not before:
+            return ""
         try:
             now = {path: size for _, path, size in self.image_rows()}
         except UsageError as error:
@@ -292,7 +294,7 @@ class Run:
             text = f"{n_new} new, {n_changed} changed, {n_gone} gone"
             if not now or now == before:
                 return ""
-        return f"{text}. {self.ways_on()}" if before else ""
+        return f"{text}. {self.ways_on()}"
 
     def ways_on(self):
         """Return the commands for the images of today, as a sentence."""

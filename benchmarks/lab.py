@@ -170,8 +170,8 @@ def main(argv=None):
     made.add_argument("--disturbed", action="store_true", help=text)
     options = made.parse_args(argv)
     images, folder = options.images.resolve(), options.log_folder.resolve()
-    for made in (options.out, folder):
-        made.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = options.out / "lab.json"
     results = {"jobs": {}, **files.read_json(path)}
     first, labelled, added = choose(images)

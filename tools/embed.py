@@ -4,9 +4,10 @@ import importlib.util
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import emp_ssl
-from data import read_images
+from data import rank_in_class, read_images
 from experiment import load_if_key
 from hparams import SETTINGS
 from images.cache import subset
@@ -16,7 +17,6 @@ from infra import files
 from infra.console import log
 from infra.distributed import on_main_process, process_group
 from infra.errors import UsageError
-from tools.lists import to_label
 from tools.probe import probe_predictions, stored_embeddings
 from tools.report.collection import collection_of, find_pictures
 
@@ -139,6 +139,22 @@ def list_to_label(table, known, paths, embeddings, columns):
     lines = zip(*(columns[name][chosen] for name in header), clusters.tolist(), strict=True)
     files.write_csv(path, [*header, "cluster"], lines)
     log.info(f"* Wrote {path}: {len(chosen)} images whose label would help most")
+
+
+def to_label(embeddings, confidence, n=100, n_clusters=20):
+    """Return (rows, clusters) of the n images whose label would help most: int64 (n,) each.
+
+    embeddings: (N, d). confidence: (N,), that of their predicted labels. The images are clustered
+    by k-means; the least confident of each cluster is taken, then the second of each, and so on.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    rows = confidence.argsort(stable=True)
+    x = F.normalize(embeddings[rows] - embeddings.mean(0), dim=1)
+    kmeans = MiniBatchKMeans(min(n_clusters, len(x)), n_init=3, random_state=0)
+    clusters = torch.from_numpy(kmeans.fit_predict(x.numpy())).long()
+    chosen = rank_in_class(clusters).argsort(stable=True)[:n]
+    return rows[chosen], clusters[chosen]
 
 
 @on_main_process

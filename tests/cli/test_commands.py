@@ -293,6 +293,15 @@ def test_a_dry_run_prints_its_plan_and_writes_nothing(tiny, images, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_prints_the_seconds_that_were_measured(tiny, tmp_path, monkeypatch):
+    """12 steps of 0.5 s, 20 s of encoding and 4 of the probe are half a minute."""
+    costs = forecast.Costs(step=0.5, encoding=20.0, probe=4.0)
+    monkeypatch.setattr(forecast, "measure_costs", lambda *_: costs)
+    result = run(*tiny, "--dry_run", "--log_folder", tmp_path)
+    parts = "6 s of training, 20 of encoding and 4 of the probe; 0.5 minutes in all"
+    assert f"* Time: 0.5 s a step; about {parts}\n" in result.out
+
+
 def test_labels_from_a_csv_file(tiny, images, finished, tmp_path):
     """The same images in folders that mean nothing, the labels in a file: the same result."""
     folder = tmp_path / "data"

@@ -20,11 +20,11 @@ from torch import nn
 
 import emp_ssl
 from experiment import Run
-from images.cache import read_image
+from images.pixels import FITS, read_image
 from infra import files
 from infra.device import generator
 from infra.errors import RunError, UsageError
-from tools import export, lists
+from tools import embed, export
 from weights import build_encoder
 
 
@@ -262,6 +262,15 @@ def test_the_code_beside_an_export_reads_the_pixels_that_the_program_reads(finis
                 atol = 16 if image.suffix == ".jpg" else 1
                 ours = ours.transpose(1, 2, 0)
                 np.testing.assert_allclose(ours, expected, rtol=0, atol=atol, err_msg=image.name)
+    wide = tmp_path / "wide.png"  # the others are square, so each fit reads them alike
+    noise = np.random.default_rng(1).integers(0, 256, (16, 40, 3), np.uint8)
+    Image.fromarray(noise).save(wide)
+    read = []
+    for fit in FITS:
+        files.write_json(json_file, {**description, "fit": fit})
+        read.append(((code.read(wide)[0] + 1) * 127.5).round().astype(np.uint8))
+        np.testing.assert_array_equal(read[-1], read_image(wide, 16, fit=fit), err_msg=fit)
+    assert len({pixels.tobytes() for pixels in read}) == len(FITS)
 
 
 def test_the_range_of_a_run_on_12_bit_images_is_kept_and_used_by_embed_and_export(tiny, tmp_path):
@@ -482,7 +491,7 @@ def test_the_images_to_label_are_the_least_confident_of_each_cluster_in_turn():
     kind = torch.randint(3, (90,), generator=random)
     x = 5 + 10 * torch.eye(8)[kind] + torch.randn(90, 8, generator=random)
     confidence = torch.rand(90, generator=random)
-    rows, clusters = lists.to_label(x, confidence, n=10, n_clusters=3)
+    rows, clusters = embed.to_label(x, confidence, n=10, n_clusters=3)
     order = sorted(range(90), key=lambda i: confidence[i])
     of_kind = [[i for i in order if kind[i] == k] for k in range(3)]
     turns = [sorted(turn, key=lambda i: confidence[i]) for turn in zip(*of_kind, strict=False)]
