@@ -6,22 +6,33 @@ A table stands between <!-- NAME --> and <!-- /NAME -->. A test runs this and ex
 """
 
 import argparse
+import itertools
+import math
 import re
 import statistics
 from functools import partial
 
 from benchmarks.common import RESULTS_FOLDER, ROOT, version_text
 from benchmarks.lab import LEFT_OUT, N_QUERIES
-from benchmarks.peers import COMPARED_METHODS, N_FIT, N_SCORED
+from benchmarks.peers import BUDGETS, COMPARED_METHODS, N_FIT, N_SCORED
 from benchmarks.peers_methods import METHODS, PRESET_TRY, label
 from benchmarks.rows import GROUPS, RUN_BUDGETS, all_options, rows_of
 from benchmarks.speed import CHOICES
+from benchmarks.transfer import DATA_SETS, N_CENTROIDS, SHARES
 from hparams import PRESETS, SETTINGS, STAGES, yaml_value
 from infra import files
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "results.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("guide", "results", "speed")),
+)
 PEERS_FILES = ("benchmarks/peers.py", "benchmarks/peers_methods.py")
+TRANSFER = "python -m benchmarks.transfer --cifar10 DIR --cifar100 DIR"
+TRANSFER_FILES = ("benchmarks/transfer.py", "tools/finetune.py")
 OTHER_SCORES = ("knn_top1", "with_kmeans_top1")  # beside top1 in the table of peers.py
+KMEANS_FILE = "benchmarks/kmeans.py"
+EMP_SSL_METHODS = ("preset", "preset-stages")  # of this program
+SUMMARY_METHODS = ("preset", "simclr", "supervised")  # in the table of the README
 SPEED_FILES = ("benchmarks/speed.py", "benchmarks/baseline.py")
 HEADERS = {  # of the columns of study_table
     "options": "options",
@@ -171,26 +182,113 @@ def laptop_table():
     for (n_centroids, n_images), runs in kmeans_runs().items():
         title = f"k-means, {n_centroids} centroids, {n_images:,} images (`benchmarks/kmeans.py`)"
         accuracies = [spread(runs, "top1"), spread(runs, "train_top1"), ""]
-        commit = version_text(runs, "benchmarks/kmeans.py")
+        commit = version_text(runs, KMEANS_FILE)
         rows.append([title, *accuracies, median_seconds(runs), commit])
     return study_table("laptop", ("top1", "train_top1", "knn_top1", "seconds", "commit"), rows)
 
 
-def summary_table():
-    """Return the table of the README: the preset by budget, and k-means."""
+def headline():
+    """Return the sentence of the README on the whole run of --preset laptop."""
+    entry = results_of("laptop")["preset-50000"]
+    runs, m = entry["runs"], entry["machine"]
+    return (
+        f"`--preset laptop` on CIFAR-10: **{spread(runs, 'top1')}** of the test images by a linear "
+        f"probe, {spread(runs, 'knn_top1')} by 20-NN, in {median_seconds(runs)} seconds of "
+        f"training, encoding and probe; {seeds_text([len(runs)])}, {m['cores']} cores of "
+        f"{article(m['processor'])} in {m['precision']}, commit {version_text(runs)}."
+    )
+
+
+def article(noun):
+    return f"{'an' if noun[0] in 'AEIOU' else 'a'} {noun}"
+
+
+def minutes_table():
+    """Return the table of the README: accuracies by minutes of training, and what leads by what."""
+    results = results_of("peers")
+    methods = peers_by_budget(results)
+    kmeans = kmeans_by_budget()
+    budgets = sorted({budget for by_budget in methods.values() for budget in by_budget})
+    lines = []
+    for name in SUMMARY_METHODS:
+        by_budget = methods.get(name, {})
+        cells = [spread(by_budget[b], "top1") if b in by_budget else "" for b in budgets]
+        rows = [row for rows in by_budget.values() for row in rows]
+        lines.append([METHODS[name].title, *cells, version_text(rows, *PEERS_FILES)])
+    cells = [kmeans_cell(*kmeans[b]) if b in kmeans else "" for b in budgets]
+    commit = version_text([run for _, runs in kmeans.values() for run in runs], KMEANS_FILE)
+    lines.append(["k-means features, seconds in all", *cells, commit])
+    lines.append(lead_row(methods, budgets))
+    columns = ["linear probe, top-1, after", *map(minutes_text, budgets), "commit"]
+    return markdown(columns, lines)
+
+
+def kmeans_by_budget():
+    """Return {budget in seconds: (centroids, runs)} of the k-means runs with all images.
+
+    The budget is the nearest one to their seconds.
+    """
+    found = {}
+    for (n_centroids, n_images), runs in kmeans_runs().items():
+        seconds = statistics.median(seconds_of_runs(runs))
+        if n_images == max(n for _, n in kmeans_runs()):
+            found[min(BUDGETS, key=lambda b: abs(math.log(b / seconds)))] = n_centroids, runs
+    return found
+
+
+def kmeans_cell(n_centroids, runs):
+    return f"{spread(runs, 'top1')}: {n_centroids:,} centroids, {median_seconds(runs)} s"
+
+
+def lead_row(methods, budgets):
+    """Return the row with how many points the preset is ahead of the best other method."""
+    cells = []
+    for budget in budgets:
+        others = {
+            name: by_budget[budget]
+            for name, by_budget in methods.items()
+            if budget in by_budget and name not in (*EMP_SSL_METHODS, "supervised")
+        }
+        best = max(others, key=lambda name: mean_of(others[name], "top1"), default=None)
+        if best is None or budget not in methods["preset"]:
+            cells.append("")
+            continue
+        rows = methods["preset"][budget]
+        lead = [mean_of(rows, name) - mean_of(others[best], name) for name in ("top1", "knn_top1")]
+        cells.append(f"{lead[0]:+.1f}; {lead[1]:+.1f} ({METHODS[best].title})")
+    return ["the preset less the best other without labels, points; by 20-NN", *cells, ""]
+
+
+def mean_of(rows, name):
+    return statistics.mean(row[name] for row in rows)
+
+
+def kmeans_text():
+    """Return what k-means and the preset reach in the same seconds, all stages."""
     laptop = results_of("laptop")
     names = [*(f"budget-{minutes}" for minutes in RUN_BUDGETS), "preset-50000"]
-    titles = {row.name: row.title for row in rows_of("laptop")}
-    rows = [summary_row(titles[name], laptop[name]["runs"]) for name in names if name in laptop]
-    for (n_centroids, n_images), runs in kmeans_runs().items():
-        rows.append(summary_row(f"k-means, {n_centroids:,} centroids, {n_images:,} images", runs))
-    columns = ["CIFAR-10", "linear probe, top-1", "20-NN", "seconds", "commit"]
-    return markdown(columns, rows)
+    runs = [laptop[name]["runs"] for name in names if name in laptop]
+    points = sorted((statistics.median(seconds_of_runs(r)), mean_of(r, "top1")) for r in runs)
+    texts = []
+    for (n_centroids, n_images), rows in kmeans_runs().items():
+        seconds = statistics.median(seconds_of_runs(rows))
+        if points[0][0] <= seconds <= points[-1][0]:
+            between = interpolated(points, seconds)
+            title = f"{n_centroids:,} centroids and {n_images:,} images"
+            top1 = mean_of(rows, "top1")
+            texts.append(f"{top1:.1f}% to {between:.1f}% in {seconds:.0f} s ({title})")
+    return (
+        f"k-means beside the preset in the same seconds, training, encoding and probe, between "
+        f"its budgets in a straight line: {'; '.join(texts)}."
+    )
 
 
-def summary_row(title, runs):
-    accuracies = [spread(runs, "top1"), spread(runs, "knn_top1")]
-    return [title, *accuracies, median_seconds(runs), version_text(runs)]
+def interpolated(points, x):
+    """Return the value at x of the straight lines between points, sorted pairs (x, value)."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    raise ValueError(f"{x} is not between {points[0][0]} and {points[-1][0]}")
 
 
 def peers_by_budget(results):
@@ -216,6 +314,7 @@ def peers_table():
         cells = [peers_cell(by_budget.get(budget, [])) for budget in budgets]
         rows = [row for rows in by_budget.values() for row in rows]
         lines.append([METHODS[method].title, *cells, version_text(rows, *PEERS_FILES)])
+    lines.append(lead_row(methods, budgets))
     n_seeds = [len(rows) for by_budget in methods.values() for rows in by_budget.values()]
     k, untrained = results["kmeans"], results["untrained"]
     return (
@@ -262,6 +361,57 @@ def peers_cell(rows):
         return ""
     others = [statistics.mean(row[name] for row in rows) for name in OTHER_SCORES]
     return "; ".join([spread(rows, "top1"), *(f"{value:.1f}%" for value in others)])
+
+
+def transfer_table():
+    """Return the accuracies of the encoder of each data set on each of them, and of k-means."""
+    results = results_of("transfer")
+    if not results:
+        return f"Not measured yet: `{TRANSFER}`."
+    sources = {
+        "cifar10": "--preset laptop, trained on CIFAR-10",
+        "cifar100": "--preset laptop, trained on CIFAR-100",
+        "untrained": "the encoder untrained",
+        "kmeans": f"k-means, {N_CENTROIDS} centroids, learned on the same images",
+    }
+    rows = []
+    for source, title in sources.items():
+        entries = [results.get(f"{source} to {target}") for target in DATA_SETS]
+        cells = [transfer_cell(entry) for entry in entries]
+        there = [entry for entry in entries if entry]
+        rows.append([title, *cells, version_text(there, *TRANSFER_FILES)])
+    text = markdown(["", "on CIFAR-10", "on CIFAR-100", "commit"], rows)
+    return (
+        f"{text}\n\nTop-1 of a linear probe with all labels; of 20-NN. All test images, one seed. "
+        f"{measured_by('transfer', [results['machine']])}"
+    )
+
+
+def transfer_cell(entry):
+    if not entry:
+        return ""
+    values = [entry[name] for name in ("top1", "knn_top1") if name in entry]
+    return "; ".join(f"{value:.1f}%" for value in values)
+
+
+def labels_table():
+    """Return the accuracies of the encoder of CIFAR-10 with a share of the labels."""
+    results = results_of("transfer")
+    rows = []
+    for share, n_epochs in SHARES.items():
+        entry = results.get(f"labels {share}")
+        if not entry:
+            continue
+        top1 = [f"{entry[name]:.1f}%" for name in ("probe", "finetuned", "from_scratch")]
+        commit = version_text([entry], *TRANSFER_FILES)
+        rows.append([f"{entry['n_labels']:,} ({share:.0%})", *top1, str(n_epochs), commit])
+    if not rows:
+        return f"Not measured yet: `{TRANSFER}`."
+    columns = ["labels", "linear probe", "fine-tuned", "from scratch", "epochs of both", "commit"]
+    return (
+        f"{markdown(columns, rows)}\n\nTop-1 on all test images of CIFAR-10, one seed. "
+        f"{measured_by('transfer', [results['machine']])}"
+    )
 
 
 def speed_table():
@@ -338,12 +488,17 @@ TABLES = {
     "demo": partial(study_table, "demo", ("top1", "top5", "knn_top1", "seconds", "commit")),
     "findings-cpu": partial(study_table, "findings-cpu", FINDINGS_COLUMNS),
     "laptop": laptop_table,
-    "summary": summary_table,
+    "headline": headline,
+    "minutes": minutes_table,
+    "kmeans": kmeans_text,
+    "precision": partial(study_table, "precision", ("top1", "commit")),
     "peers": peers_table,
     "search": search_table,
     "speed-cpu": speed_table,
     "choices": choices_table,
     "lab": lab_table,
+    "transfer": transfer_table,
+    "labels": labels_table,
 }
 
 

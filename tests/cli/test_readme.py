@@ -1,4 +1,5 @@
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -47,6 +48,32 @@ def test_the_tables_are_those_of_the_settings_and_the_results(path):
     if common.UNKNOWN in made:  # git does not have the whole history here
         page, made = without_marks(page), without_marks(made)
     assert made == page
+
+
+def written_by_hand(page):
+    """A page without what benchmarks.tables makes."""
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", "", page, flags=re.S)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_an_accuracy_that_is_written_by_hand_names_its_source(path):
+    """A commit, or who published it. The report of the demo has a test of its own."""
+    for paragraph in written_by_hand(PAGES[path]).replace("\n- ", "\n\n- ").split("\n\n"):
+        if re.search(r"\d\.\d+ ?%|\d\.\d+ (points|to)", paragraph) and "20-NN   " not in paragraph:
+            assert re.search(r"\b[0-9a-f]{7}\b|document|authors", paragraph), paragraph
+
+
+def test_the_demo_of_the_readme_is_that_of_the_results():
+    result = json.loads((common.RESULTS_FOLDER / "demo.json").read_text())["trained"]["runs"][0]
+    assert result["seed"] == 42
+    for line in (
+        f"linear probe     top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  last epoch",
+        f"learning rate {result['lr']:g} chosen on a tenth",
+        f"top-1 {result['train_top1']:.2f}%  of the training images themselves",
+        f"top-1 {result['best_top1']:.2f}%  best epoch",
+        f"20-NN            top-1 {result['knn_top1']:.2f}%",
+    ):
+        assert line in README
 
 
 def options_of(program):
