@@ -41,7 +41,7 @@ def probe_entry(options, source, target):
     """Return the accuracies on `target` of the encoder that is trained on `source`."""
     name = source if source == target else f"{source}-to-{target}"
     folder = getattr(options, target)
-    argv = ["train", "--exp_name", name, "--log_folder", str(options.log_folder)]
+    argv = ["train", "--exp_name", name, "--log_folder", str(options.log_folder), "--seed", "42"]
     argv += ["--dataset", "folder", "--data_dir", str(folder), *shlex.split(options.settings)]
     if source != target:
         argv += ["--n_epochs", "0"]
@@ -75,7 +75,7 @@ def labels_entry(options, share):
 def jobs(options):
     """Yield (name, function that returns its entry) of each entry of the results."""
     for source in SOURCES:
-        for target in DATA_SETS:
+        for target in sorted(DATA_SETS, key=lambda name: name != source):  # its own images first
             yield f"{source} to {target}", lambda s=source, t=target: probe_entry(options, s, t)
     for target in DATA_SETS:
         yield f"kmeans to {target}", lambda t=target: kmeans_entry(options, t)
