@@ -71,7 +71,8 @@ def near_pairs(rows, images, others, x, x_others, device):
 
 def centred(embeddings, mean):
     """Return embeddings (N, d) less a mean (d,), as unit vectors."""
-    return F.normalize(embeddings - mean, dim=1)
+    x = embeddings - mean
+    return F.normalize(x, dim=1, out=x)
 
 
 def nearest_rows(x, others, k, device="cpu"):
@@ -82,8 +83,7 @@ def nearest_rows(x, others, k, device="cpu"):
     """
     queries, keys = x, others
     if len(x) * len(others) > MANY_PAIRS:
-        some = torch.randperm(len(others), generator=generator(0, "components"))[:1000]
-        axes = torch.linalg.svd(others[some], full_matrices=False).Vh[:N_COMPONENTS].T
+        axes = components(others)
         queries, keys = (F.normalize(e @ axes, dim=1) for e in (x, others))
     keys = keys.to(device)
     cosines, rows = [], []
@@ -94,6 +94,12 @@ def nearest_rows(x, others, k, device="cpu"):
         cosines.append(cosine)
         rows.append(near.gather(1, order))
     return torch.cat(cosines), torch.cat(rows)
+
+
+def components(x):
+    """Return the first principal components of some of the rows of x (N, d): (d, N_COMPONENTS)."""
+    some = torch.randperm(len(x), generator=generator(0, "components"))[:1000]
+    return torch.linalg.svd(x[some], full_matrices=False).Vh[:N_COMPONENTS].T
 
 
 def alike(pairs, images, others):

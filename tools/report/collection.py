@@ -73,11 +73,14 @@ class Collection:
 
 
 def collection_of(run, encoded, page=""):
-    """Return the Collection of {split: content of its artifact}, without pictures."""
+    """Return the Collection of {split: content of its artifact}, without pictures.
+
+    The embeddings are taken out of the contents: of many images both would not fit into memory.
+    """
     embeddings, labels, names, splits = [], [], [], []
     for split, content in encoded.items():
-        n = len(content["embeddings"])
-        embeddings.append(content["embeddings"])
+        embeddings.append(content.pop("embeddings"))
+        n = len(embeddings[-1])
         labels.append(content.get("labels", torch.full((n,), -1)))
         numbers = content.get("indices", torch.arange(n)).tolist()
         names += content.get("paths", [f"{split} image {number}" for number in numbers])

@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from data import balanced_subset
-from images.copies import LIKE_PIXELS, alike, centred, nearest_rows, outlines
+from images.copies import (
+    LIKE_PIXELS,
+    N_COMPONENTS,
+    alike,
+    centred,
+    components,
+    nearest_rows,
+    outlines,
+)
 from infra import files
 from infra.console import log
 from infra.device import generator
@@ -52,12 +60,14 @@ def explore(collection, probe, n_clusters):
 def clusters_of(x, k):
     """Return [(row, cluster, cosine to its centre)] of x (N, d), unit vectors, by k-means.
 
-    The largest cluster, 1, comes first, and in it the nearest row.
+    The largest cluster, 1, comes first, and in it the nearest row. Of more than N_COMPONENTS
+    dimensions, k-means takes as many principal components: it copies what it is given.
     """
     from sklearn.cluster import KMeans
 
     k = min(k, len(x))
-    labels = KMeans(k, n_init=1, random_state=0).fit_predict(x.numpy())
+    few = x @ components(x) if x.shape[1] > N_COMPONENTS else x
+    labels = KMeans(k, n_init=1, random_state=0).fit_predict(few.numpy())
     labels = torch.from_numpy(labels).long()
     centres = F.normalize(torch.zeros(k, x.shape[1]).index_add_(0, labels, x), dim=1)
     cosine = (x @ centres.T).gather(1, labels[:, None]).flatten()
@@ -137,7 +147,8 @@ def doubtful_labels(collection, probe):
     The most confident come first.
     """
     rows = (collection.labels >= 0).nonzero().flatten()
-    confidence, predicted = probe_predictions(probe, collection.embeddings[rows])
+    parts = [probe_predictions(probe, collection.embeddings[part]) for part in rows.split(1000)]
+    confidence, predicted = (torch.cat(values) for values in zip(*parts, strict=True))
     predictions = zip(rows.tolist(), predicted.tolist(), confidence.tolist(), strict=True)
     doubtful = [
         (row, collection.label_of(row), collection.class_names[label], p, collection.splits[row])
