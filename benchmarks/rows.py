@@ -64,8 +64,8 @@ FINDINGS = {  # name: title, published
     "mean-projection": ("mean projection as embedding", "similar (document)"),
     "bottleneck": ("the same from a narrow layer", "84 (document)"),
     "bottleneck-2": ("the same, 2 patches", "fine too (document)"),
-    "mini": ("without its last stage", "below 81 (document, later)"),
-    "tiny": ("without its last two", "78 to 79 (document, later)"),
+    "mini": ("a network of three stages, ResNet-18 without its last", "below 81 (document, later)"),
+    "tiny": ("a network of two stages", "78 to 79 (document, later)"),
 }
 FULL = {  # options in the published settings
     "base": "",
@@ -123,9 +123,9 @@ VERDICTS = {  # of CPU; as good: within two points
     "muon": "level with LARS",
     "frozen": "nearly as good: undecided",
     "three-quarters": "as good as the whole: yes",
-    "duplicates": "they hurt: yes, beside the next row",
+    "duplicates": "they hurt: yes, compared with the next row",
     "mean-projection": "as good: no, hardly above untrained",
-    "bottleneck-2": "as good with 2 patches: yes, as low",
+    "bottleneck-2": "as good with 2 patches: yes, but both are near the untrained encoder",
     "mini": "better than the base: undecided",
 }
 TWO_SEEDS = ("base", "untrained", "muon", "three-quarters")  # in CPU
@@ -160,7 +160,7 @@ def laptop_rows():
     stages = Row(
         "laptop",
         "stages-50000",
-        "the preset with losses of each stage",
+        "the preset with a loss after each stage of the network",
         "--h_dim 256 --stage_loss_weight 3",
     )
     lars = Row(
@@ -181,9 +181,11 @@ ROWS = [
     Row("demo", "trained", "trained", "", seeds=6),
     Row("demo", "untrained", "the same encoder, untrained", "--n_epochs 0", seeds=6),
     Row("demo", "raw-pixels", "raw pixels", ""),
-    Row("precision", "auto", "bf16, if the hardware has it", "", seeds=3),
+    Row("precision", "auto", "bf16", "", seeds=3),
     Row("precision", "fp32", "fp32", "--precision fp32", seeds=3),
-    Row("precision", "baseline", "the plain implementation", "", seeds=2),  # four minutes each
+    Row(
+        "precision", "baseline", "`benchmarks/baseline.py`, fp32", "", seeds=2
+    ),  # four minutes each
 ]
 
 

@@ -192,10 +192,10 @@ def headline():
     entry = results_of("laptop")["preset-50000"]
     runs, m = entry["runs"], entry["machine"]
     return (
-        f"`--preset laptop` on CIFAR-10: **{spread(runs, 'top1')}** of the test images by a linear "
-        f"probe, {spread(runs, 'knn_top1')} by 20-NN, in {median_seconds(runs)} seconds of "
-        f"training, encoding and probe; {seeds_text([len(runs)])}, {m['cores']} cores of "
-        f"{article(m['processor'])} in {m['precision']}, commit {version_text(runs)}."
+        f"A linear probe of `--preset laptop` classifies **{spread(runs, 'top1')}** of the test "
+        f"images of CIFAR-10 correctly, 20-NN {spread(runs, 'knn_top1')}. Training, encoding and "
+        f"probe take {median_seconds(runs)} seconds ({seeds_text([len(runs)])}, {m['cores']} cores "
+        f"of {article(m['processor'])}, {m['precision']}; commit {version_text(runs)})."
     )
 
 
@@ -217,9 +217,13 @@ def minutes_table():
         lines.append([METHODS[name].title, *cells, version_text(rows, *PEERS_FILES)])
     cells = [kmeans_cell(*kmeans[b]) if b in kmeans else "" for b in budgets]
     commit = version_text([run for _, runs in kmeans.values() for run in runs], KMEANS_FILE)
-    lines.append(["k-means features, seconds in all", *cells, commit])
+    lines.append(["k-means features, by all of their seconds", *cells, commit])
     lines.append(lead_row(methods, budgets))
-    columns = ["linear probe, top-1, after", *map(minutes_text, budgets), "commit"]
+    columns = [
+        "top-1 of the linear probe, by minutes of training",
+        *map(minutes_text, budgets),
+        "commit",
+    ]
     return markdown(columns, lines)
 
 
@@ -256,7 +260,11 @@ def lead_row(methods, budgets):
         rows = methods["preset"][budget]
         lead = [mean_of(rows, name) - mean_of(others[best], name) for name in ("top1", "knn_top1")]
         cells.append(f"{lead[0]:+.1f}; {lead[1]:+.1f} ({METHODS[best].title})")
-    return ["the preset less the best other without labels, points; by 20-NN", *cells, ""]
+    return [
+        "lead of the preset over the best other method without labels, points; by 20-NN",
+        *cells,
+        "",
+    ]
 
 
 def mean_of(rows, name):
@@ -270,16 +278,16 @@ def kmeans_text():
     runs = [laptop[name]["runs"] for name in names if name in laptop]
     points = sorted((statistics.median(seconds_of_runs(r)), mean_of(r, "top1")) for r in runs)
     texts = []
-    for (n_centroids, n_images), rows in kmeans_runs().items():
+    for (n_centroids, _), rows in kmeans_runs().items():
         seconds = statistics.median(seconds_of_runs(rows))
         if points[0][0] <= seconds <= points[-1][0]:
-            between = interpolated(points, seconds)
-            title = f"{n_centroids:,} centroids and {n_images:,} images"
-            top1 = mean_of(rows, "top1")
-            texts.append(f"{top1:.1f}% to {between:.1f}% in {seconds:.0f} s ({title})")
+            texts.append(
+                f"in {seconds:.0f} s k-means with {n_centroids:,} centroids reaches "
+                f"{mean_of(rows, 'top1'):.1f}%, the preset {interpolated(points, seconds):.1f}%"
+            )
     return (
-        f"k-means beside the preset in the same seconds, training, encoding and probe, between "
-        f"its budgets in a straight line: {'; '.join(texts)}."
+        f"At equal time for training, encoding and probe: {'; '.join(texts)}. The preset's values "
+        f"lie on straight lines between its rows."
     )
 
 
@@ -319,7 +327,8 @@ def peers_table():
     k, untrained = results["kmeans"], results["untrained"]
     return (
         f"{markdown(['', *map(minutes_text, budgets), 'commit'], lines)}\n\n"
-        f"Top-1 of the linear probe; of 20-NN; of the probe with k-means features beside. "
+        f"A cell: top-1 of the linear probe; of 20-NN; of a linear probe of the representation and "
+        f"k-means features together. "
         f"CIFAR-10, all test images, {seeds_text(n_seeds)}. The probes use the labels of "
         f"{results['rows'][0]['n_probe']:,} training images. The k-means features, with "
         f"{k['n_centroids']} centroids, by themselves: {k['top1']:.1f}%; the network untrained: "
@@ -333,7 +342,8 @@ def search_table():
     results = results_of("peers")
     rows = [row for row in results["rows"] if row["method"] == "search"]
     if not rows:
-        return "Not measured yet: `python -m benchmarks.peers --methods search --budgets 60`."
+        command = "python -m benchmarks.peers --methods search --budgets 60 --data_dir DIR"
+        return f"Not measured yet: `{command}`."
     row = rows[0]
     base = row["scores"][label(PRESET_TRY)]
     lines = [
@@ -345,7 +355,7 @@ def search_table():
         for name, score in row["scores"].items()
     ]
     lines.sort(key=lambda line: -float(line[1][:-1]))
-    columns = ["Muon's rate, and what differs from the preset", "top-1", "beside the preset"]
+    columns = ["Muon's rate, and what differs from the preset", "top-1", "less the preset"]
     commit = version_text([row], *PEERS_FILES)
     command = "peers --methods search --budgets 60 --data_dir DIR"
     return (
