@@ -8,8 +8,7 @@ import statistics
 
 from benchmarks.common import ROOT
 from benchmarks.peers_methods import ARCH, METHODS
-from benchmarks.rows import RUN_BUDGETS
-from benchmarks.tables import kmeans_runs, peers_by_budget, results_of, seconds_of_runs
+from benchmarks.tables import kmeans_runs, peers_by_budget, preset_runs, results_of, seconds_of_runs
 
 STYLES = {
     "preset": {"linewidth": 2.5},
@@ -39,12 +38,9 @@ def laptop_curves():
 
     A point is (seconds, least, mean, greatest top-1) of the seeds.
     """
-    results = results_of("laptop")
-    names = [*(f"budget-{minutes}" for minutes in RUN_BUDGETS), "preset-50000"]
-    preset = [results[name]["runs"] for name in names if name in results]
     kmeans = kmeans_runs().values()
     curves = {
-        "--preset laptop": [point(runs, seconds_of_runs(runs)) for runs in preset],
+        "--preset laptop": [point(runs, seconds_of_runs(runs)) for runs in preset_runs()],
         "k-means of patches": [point(runs, seconds_of_runs(runs)) for runs in kmeans],
     }
     return {title: sorted(points) for title, points in curves.items()}

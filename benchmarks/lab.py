@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import ROOT, machine, parser, this_commit
+from benchmarks.study import run_of
 from data import Images
-from experiment import Run
 from images.folders import find_images
 from infra import files
 from tools.probe import stored_embeddings
@@ -106,12 +106,6 @@ def timed(words, folder):
     if done.returncode != 0:
         sys.exit(f"{shlex.join(map(str, command))} failed:\n{done.stdout}")
     return done.stdout, time.monotonic() - start
-
-
-def run_of(folder, exp_name):
-    """Return the Run of this name."""
-    (exp_dir,) = folder.glob(f"{exp_name}__*")
-    return Run(exp_dir)
 
 
 def leaves(folder):

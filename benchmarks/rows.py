@@ -181,11 +181,10 @@ ROWS = [
     Row("demo", "trained", "trained", "", seeds=6),
     Row("demo", "untrained", "the same encoder, untrained", "--n_epochs 0", seeds=6),
     Row("demo", "raw-pixels", "raw pixels", ""),
-    Row("precision", "auto", "bf16", "", seeds=3),
+    Row("precision", "auto", "`--precision auto`: bf16 where the hardware has it", "", seeds=3),
     Row("precision", "fp32", "fp32", "--precision fp32", seeds=3),
-    Row(
-        "precision", "baseline", "`benchmarks/baseline.py`, fp32", "", seeds=2
-    ),  # four minutes each
+    # Four minutes each.
+    Row("precision", "baseline", "`benchmarks/baseline.py`, fp32", "", seeds=2),
 ]
 
 

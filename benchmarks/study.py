@@ -97,18 +97,23 @@ def run_train(argv):
         return {"seed": args.seed, "failed": last, "commit": this_commit()}
     if code != 0:
         sys.exit(code)
-    (exp_dir,) = Path(args.log_folder).glob(f"{args.exp_name}__*")
-    for path in Run(exp_dir).epoch_checkpoints():
+    run = run_of(args.log_folder, args.exp_name)
+    for path in run.epoch_checkpoints():
         path.unlink()
-    return {"seed": args.seed, **result_of(exp_dir)}
+    return {"seed": args.seed, **result_of(run)}
 
 
-def result_of(exp_dir):
+def run_of(log_folder, exp_name):
+    """Return the Run of this name; there must be one of one batch size, rate and seed."""
+    (exp_dir,) = Path(log_folder).glob(f"{exp_name}__*")
+    return Run(exp_dir)
+
+
+def result_of(run):
     """Return the results of a finished run.
 
     Accuracies in percent, the probe's rate, losses by epoch, seconds by stage, the commit.
     """
-    run = Run(exp_dir)
     result, launch = files.read_json(run.result), run.read_launches()[-1]
     names = ("top1", "top5", "best_top1", "train_top1", "knn_top1", "lr")
     seconds = {stage: round(value, 1) for stage, value in launch["seconds"].items()}

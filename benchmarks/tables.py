@@ -6,19 +6,20 @@ A table stands between <!-- NAME --> and <!-- /NAME -->. A test runs this and ex
 """
 
 import argparse
-import itertools
 import math
 import re
 import statistics
 from functools import partial
 
+import numpy as np
+
 from benchmarks.common import RESULTS_FOLDER, ROOT, version_text
 from benchmarks.lab import LEFT_OUT, N_QUERIES
-from benchmarks.peers import BUDGETS, COMPARED_METHODS, N_FIT, N_SCORED
+from benchmarks.peers import COMPARED_METHODS, N_FIT, N_SCORED
 from benchmarks.peers_methods import METHODS, PRESET_TRY, label
 from benchmarks.rows import GROUPS, RUN_BUDGETS, all_options, rows_of
 from benchmarks.speed import CHOICES
-from benchmarks.transfer import DATA_SETS, N_CENTROIDS, SHARES
+from benchmarks.transfer import DATA_SETS, PRESET_OPTIONS
 from hparams import PRESETS, SETTINGS, STAGES, yaml_value
 from infra import files
 
@@ -27,8 +28,8 @@ PAGES = (
     *(ROOT / "docs" / f"{name}.md" for name in ("guide", "results", "speed")),
 )
 PEERS_FILES = ("benchmarks/peers.py", "benchmarks/peers_methods.py")
-TRANSFER = "python -m benchmarks.transfer --cifar10 DIR --cifar100 DIR"
-TRANSFER_FILES = ("benchmarks/transfer.py", "tools/finetune.py")
+TRANSFER_COMMAND = "transfer --cifar10 DIR --cifar100 DIR"
+TRANSFER_FILES = ("benchmarks/transfer.py",)
 OTHER_SCORES = ("knn_top1", "with_kmeans_top1")  # beside top1 in the table of peers.py
 KMEANS_FILE = "benchmarks/kmeans.py"
 EMP_SSL_METHODS = ("preset", "preset-stages")  # of this program
@@ -176,11 +177,26 @@ def kmeans_runs():
     return dict(sorted(groups.items()))
 
 
+def kmeans_of_all_images():
+    """Return {centroids: runs} of kmeans.json, those with all images."""
+    groups = kmeans_runs()
+    most = max(n_images for _, n_images in groups)
+    return {n: runs for (n, n_images), runs in groups.items() if n_images == most}
+
+
+def preset_runs():
+    """Return the runs of --preset laptop that have seconds, as lists: by budget, and whole."""
+    laptop = results_of("laptop")
+    names = [*(f"budget-{minutes}" for minutes in RUN_BUDGETS), "preset-50000"]
+    groups = [laptop[name]["runs"] for name in names if name in laptop]
+    return [runs for runs in groups if seconds_of_runs(runs)]
+
+
 def laptop_table():
     """Return the table of --preset laptop, and k-means."""
     rows = []
     for (n_centroids, n_images), runs in kmeans_runs().items():
-        title = f"k-means, {n_centroids} centroids, {n_images:,} images (`benchmarks/kmeans.py`)"
+        title = f"k-means, {n_centroids:,} centroids, {n_images:,} images (`benchmarks/kmeans.py`)"
         accuracies = [spread(runs, "top1"), spread(runs, "train_top1"), ""]
         commit = version_text(runs, KMEANS_FILE)
         rows.append([title, *accuracies, median_seconds(runs), commit])
@@ -188,115 +204,64 @@ def laptop_table():
 
 
 def headline():
-    """Return the sentence of the README on the whole run of --preset laptop."""
+    """Return the sentences of the README on the whole run of --preset laptop."""
     entry = results_of("laptop")["preset-50000"]
     runs, m = entry["runs"], entry["machine"]
     return (
         f"A linear probe of `--preset laptop` classifies **{spread(runs, 'top1')}** of the test "
         f"images of CIFAR-10 correctly, 20-NN {spread(runs, 'knn_top1')}. Training, encoding and "
-        f"probe take {median_seconds(runs)} seconds ({seeds_text([len(runs)])}, {m['cores']} cores "
-        f"of {article(m['processor'])}, {m['precision']}; commit {version_text(runs)})."
+        f"probe take {median_seconds(runs)} seconds ({seeds_text([len(runs)])}; {m['processor']}, "
+        f"{m['cores']} cores, {m['device']}, {m['precision']}; commit {version_text(runs)})."
     )
 
 
-def article(noun):
-    return f"{'an' if noun[0] in 'AEIOU' else 'a'} {noun}"
-
-
 def minutes_table():
-    """Return the table of the README: accuracies by minutes of training, and what leads by what."""
+    """Return the table of the README: top-1 by minutes of training, and the lead of the preset."""
     results = results_of("peers")
     methods = peers_by_budget(results)
-    kmeans = kmeans_by_budget()
-    budgets = sorted({budget for by_budget in methods.values() for budget in by_budget})
-    lines = []
-    for name in SUMMARY_METHODS:
-        by_budget = methods.get(name, {})
-        cells = [spread(by_budget[b], "top1") if b in by_budget else "" for b in budgets]
-        rows = [row for rows in by_budget.values() for row in rows]
-        lines.append([METHODS[name].title, *cells, version_text(rows, *PEERS_FILES)])
-    cells = [kmeans_cell(*kmeans[b]) if b in kmeans else "" for b in budgets]
-    commit = version_text([run for _, runs in kmeans.values() for run in runs], KMEANS_FILE)
-    lines.append(["k-means features, by all of their seconds", *cells, commit])
+    shown = {name: methods[name] for name in SUMMARY_METHODS if name in methods}
+    budgets = budgets_of(methods)
+    lines = [*method_rows(shown, budgets, top1_cell), kmeans_line(budgets)]
     lines.append(lead_row(methods, budgets))
-    columns = [
-        "top-1 of the linear probe, by minutes of training",
-        *map(minutes_text, budgets),
-        "commit",
-    ]
-    return markdown(columns, lines)
+    columns = ["top-1 of the linear probe, by minutes of training", *map(minutes_text, budgets)]
+    return markdown([*columns, "commit"], lines)
 
 
-def kmeans_by_budget():
-    """Return {budget in seconds: (centroids, runs)} of the k-means runs with all images.
-
-    The budget is the nearest one to their seconds.
-    """
-    found = {}
-    for (n_centroids, n_images), runs in kmeans_runs().items():
+def kmeans_line(budgets):
+    """Return the row of the k-means runs with all images, each at the nearest budget."""
+    cells = {budget: [] for budget in budgets}
+    groups = kmeans_of_all_images()
+    for n_centroids, runs in groups.items():
         seconds = statistics.median(seconds_of_runs(runs))
-        if n_images == max(n for _, n in kmeans_runs()):
-            found[min(BUDGETS, key=lambda b: abs(math.log(b / seconds)))] = n_centroids, runs
-    return found
-
-
-def kmeans_cell(n_centroids, runs):
-    return f"{spread(runs, 'top1')}: {n_centroids:,} centroids, {median_seconds(runs)} s"
-
-
-def lead_row(methods, budgets):
-    """Return the row with how many points the preset is ahead of the best other method."""
-    cells = []
-    for budget in budgets:
-        others = {
-            name: by_budget[budget]
-            for name, by_budget in methods.items()
-            if budget in by_budget and name not in (*EMP_SSL_METHODS, "supervised")
-        }
-        best = max(others, key=lambda name: mean_of(others[name], "top1"), default=None)
-        if best is None or budget not in methods["preset"]:
-            cells.append("")
-            continue
-        rows = methods["preset"][budget]
-        lead = [mean_of(rows, name) - mean_of(others[best], name) for name in ("top1", "knn_top1")]
-        cells.append(f"{lead[0]:+.1f}; {lead[1]:+.1f} ({METHODS[best].title})")
-    return [
-        "lead of the preset over the best other method without labels, points; by 20-NN",
-        *cells,
-        "",
-    ]
-
-
-def mean_of(rows, name):
-    return statistics.mean(row[name] for row in rows)
+        nearest = min(budgets, key=lambda budget: abs(math.log(budget / seconds)))
+        text = f"{spread(runs, 'top1')}: {n_centroids:,} centroids, {seconds:.0f} s"
+        cells[nearest].append(text)
+    commit = version_text([run for runs in groups.values() for run in runs], KMEANS_FILE)
+    title = "k-means features of all images, by all of their seconds"
+    return [title, *map("; ".join, cells.values()), commit]
 
 
 def kmeans_text():
     """Return what k-means and the preset reach in the same seconds, all stages."""
-    laptop = results_of("laptop")
-    names = [*(f"budget-{minutes}" for minutes in RUN_BUDGETS), "preset-50000"]
-    runs = [laptop[name]["runs"] for name in names if name in laptop]
-    points = sorted((statistics.median(seconds_of_runs(r)), mean_of(r, "top1")) for r in runs)
+    points = [(statistics.median(seconds_of_runs(r)), mean_of(r, "top1")) for r in preset_runs()]
+    seconds, top1 = zip(*sorted(points), strict=True)
     texts = []
-    for (n_centroids, _), rows in kmeans_runs().items():
-        seconds = statistics.median(seconds_of_runs(rows))
-        if points[0][0] <= seconds <= points[-1][0]:
+    for n_centroids, runs in kmeans_of_all_images().items():
+        taken = statistics.median(seconds_of_runs(runs))
+        if seconds[0] <= taken <= seconds[-1]:
+            preset = np.interp(math.log(taken), np.log(seconds), top1)
             texts.append(
-                f"in {seconds:.0f} s k-means with {n_centroids:,} centroids reaches "
-                f"{mean_of(rows, 'top1'):.1f}%, the preset {interpolated(points, seconds):.1f}%"
+                f"in {taken:.0f} s k-means with {n_centroids:,} centroids reaches "
+                f"{mean_of(runs, 'top1'):.1f}%, the preset {preset:.1f}%"
             )
     return (
         f"At equal time for training, encoding and probe: {'; '.join(texts)}. The preset's values "
-        f"lie on straight lines between its rows."
+        f"lie on the lines between its points in the picture of the README."
     )
 
 
-def interpolated(points, x):
-    """Return the value at x of the straight lines between points, sorted pairs (x, value)."""
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    raise ValueError(f"{x} is not between {points[0][0]} and {points[-1][0]}")
+def mean_of(rows, name):
+    return statistics.mean(row[name] for row in rows)
 
 
 def peers_by_budget(results):
@@ -312,38 +277,76 @@ def minutes_text(budget):
     return f"{budget / 60:g} minute{'' if budget == 60 else 's'}"
 
 
+def budgets_of(methods):
+    """Return the budgets of what peers_by_budget returns, sorted."""
+    return sorted({budget for by_budget in methods.values() for budget in by_budget})
+
+
+def method_rows(methods, budgets, cell):
+    """Return a row for each method: its title, cell(rows) for each budget, its commits."""
+    lines = []
+    for name, by_budget in methods.items():
+        cells = [cell(by_budget.get(budget, [])) for budget in budgets]
+        rows = [row for rows in by_budget.values() for row in rows]
+        lines.append([METHODS[name].title, *cells, version_text(rows, *PEERS_FILES)])
+    return lines
+
+
+def lead_row(methods, budgets):
+    """Return the row with how many points the preset is ahead of another method, by budget.
+
+    Of those without labels, that with the best linear probe.
+    """
+    preset = methods.get("preset", {})
+    others = {n: rows for n, rows in methods.items() if n not in (*EMP_SSL_METHODS, "supervised")}
+    cells = []
+    for budget in budgets:
+        there = {
+            name: by_budget[budget] for name, by_budget in others.items() if budget in by_budget
+        }
+        if budget not in preset or not there:
+            cells.append("")
+            continue
+        best = max(there, key=lambda name: mean_of(there[name], "top1"))
+        lead = [
+            mean_of(preset[budget], name) - mean_of(there[best], name)
+            for name in ("top1", "knn_top1")
+        ]
+        cells.append(f"{lead[0]:+.1f}; {lead[1]:+.1f} ({METHODS[best].title})")
+    return ["lead of the preset over the best other network, points; by 20-NN", *cells, ""]
+
+
+def top1_cell(rows):
+    return spread(rows, "top1") if rows else ""
+
+
 def peers_table():
     """Return the table of top-1, 20-NN and top-1 beside k-means features, by method and budget."""
     results = results_of("peers")
     methods = peers_by_budget(results)
-    budgets = sorted({budget for by_budget in methods.values() for budget in by_budget})
-    lines = []
-    for method, by_budget in methods.items():
-        cells = [peers_cell(by_budget.get(budget, [])) for budget in budgets]
-        rows = [row for rows in by_budget.values() for row in rows]
-        lines.append([METHODS[method].title, *cells, version_text(rows, *PEERS_FILES)])
-    lines.append(lead_row(methods, budgets))
+    budgets = budgets_of(methods)
+    lines = [*method_rows(methods, budgets, peers_cell), lead_row(methods, budgets)]
     n_seeds = [len(rows) for by_budget in methods.values() for rows in by_budget.values()]
     k, untrained = results["kmeans"], results["untrained"]
+    commits = version_text([k, untrained], *PEERS_FILES, KMEANS_FILE)
     return (
         f"{markdown(['', *map(minutes_text, budgets), 'commit'], lines)}\n\n"
         f"A cell: top-1 of the linear probe; of 20-NN; of a linear probe of the representation and "
-        f"k-means features together. "
-        f"CIFAR-10, all test images, {seeds_text(n_seeds)}. The probes use the labels of "
-        f"{results['rows'][0]['n_probe']:,} training images. The k-means features, with "
-        f"{k['n_centroids']} centroids, by themselves: {k['top1']:.1f}%; the network untrained: "
-        f"{untrained['top1']:.1f}% (commits {version_text([k, untrained], *PEERS_FILES)}). "
+        f"k-means features together. CIFAR-10, all test images, {seeds_text(n_seeds)}. The probes "
+        f"use the labels of {results['rows'][0]['n_probe']:,} training images. The k-means "
+        f"features, with {k['n_centroids']} centroids, by themselves: {k['top1']:.1f}%; the "
+        f"network untrained: {untrained['top1']:.1f}% (commits {commits}). "
         f"{measured_by('peers --data_dir DIR', [results['machine']])}"
     )
 
 
 def search_table():
     """Return the table of the search behind the preset: what each row changes, and its score."""
+    command = "peers --methods search --budgets 60 --data_dir DIR"
     results = results_of("peers")
     rows = [row for row in results["rows"] if row["method"] == "search"]
     if not rows:
-        command = "python -m benchmarks.peers --methods search --budgets 60 --data_dir DIR"
-        return f"Not measured yet: `{command}`."
+        return f"Not measured yet: `python -m benchmarks.{command}`."
     row = rows[0]
     base = row["scores"][label(PRESET_TRY)]
     lines = [
@@ -357,7 +360,6 @@ def search_table():
     lines.sort(key=lambda line: -float(line[1][:-1]))
     columns = ["Muon's rate, and what differs from the preset", "top-1", "less the preset"]
     commit = version_text([row], *PEERS_FILES)
-    command = "peers --methods search --budgets 60 --data_dir DIR"
     return (
         f"{markdown(columns, lines)}\n\n"
         f"One minute of training, one seed; the linear probe with {N_FIT:,} labels, scored on "
@@ -373,54 +375,58 @@ def peers_cell(rows):
     return "; ".join([spread(rows, "top1"), *(f"{value:.1f}%" for value in others)])
 
 
+def transfer_entries():
+    """Return {name: entry} of transfer.json, those of the preset."""
+    results = results_of("transfer").items()
+    return {name: entry for name, entry in results if entry["settings"] == PRESET_OPTIONS}
+
+
 def transfer_table():
-    """Return the accuracies of the encoder of each data set on each of them, and of k-means."""
-    results = results_of("transfer")
-    if not results:
-        return f"Not measured yet: `{TRANSFER}`."
+    """Return the accuracies on each data set of the encoders of both, of none, and of k-means."""
+    results = transfer_entries()
     sources = {
         "cifar10": "--preset laptop, trained on CIFAR-10",
         "cifar100": "--preset laptop, trained on CIFAR-100",
         "untrained": "the encoder untrained",
-        "kmeans": f"k-means, {N_CENTROIDS} centroids, learned on the same images",
+        "kmeans": "k-means features, learned on the same images",
     }
-    rows = []
+    rows, there = [], []
     for source, title in sources.items():
         entries = [results.get(f"{source} to {target}") for target in DATA_SETS]
-        cells = [transfer_cell(entry) for entry in entries]
-        there = [entry for entry in entries if entry]
-        rows.append([title, *cells, version_text(there, *TRANSFER_FILES)])
-    text = markdown(["", "on CIFAR-10", "on CIFAR-100", "commit"], rows)
+        measured = [entry for entry in entries if entry]
+        if measured:
+            others = (KMEANS_FILE,) if source == "kmeans" else ()
+            commit = version_text(measured, *TRANSFER_FILES, *others)
+            rows.append([title, *map(transfer_cell, entries), commit])
+            there += measured
+    if not rows:
+        return f"Not measured yet: `python -m benchmarks.{TRANSFER_COMMAND}`."
     return (
-        f"{text}\n\nTop-1 of a linear probe with all labels; of 20-NN. All test images, one seed. "
-        f"{measured_by('transfer', [results['machine']])}"
+        f"{markdown(['', 'on CIFAR-10', 'on CIFAR-100', 'commit'], rows)}\n\n"
+        f"Top-1 of a linear probe with all labels; of 20-NN. All test images, one seed. "
+        f"{measured_by(TRANSFER_COMMAND, [entry['machine'] for entry in there])}"
     )
 
 
 def transfer_cell(entry):
-    if not entry:
-        return ""
-    values = [entry[name] for name in ("top1", "knn_top1") if name in entry]
+    values = [entry[name] for name in ("top1", "knn_top1") if name in entry] if entry else []
     return "; ".join(f"{value:.1f}%" for value in values)
 
 
 def labels_table():
     """Return the accuracies of the encoder of CIFAR-10 with a share of the labels."""
-    results = results_of("transfer")
+    entries = [entry for name, entry in transfer_entries().items() if name.startswith("labels ")]
+    if not entries:
+        return f"Not measured yet: `python -m benchmarks.{TRANSFER_COMMAND}`."
     rows = []
-    for share, n_epochs in SHARES.items():
-        entry = results.get(f"labels {share}")
-        if not entry:
-            continue
+    for entry in entries:
         top1 = [f"{entry[name]:.1f}%" for name in ("probe", "finetuned", "from_scratch")]
-        commit = version_text([entry], *TRANSFER_FILES)
-        rows.append([f"{entry['n_labels']:,} ({share:.0%})", *top1, str(n_epochs), commit])
-    if not rows:
-        return f"Not measured yet: `{TRANSFER}`."
+        commit = version_text([entry], *TRANSFER_FILES, "tools/finetune.py", "tools/probe.py")
+        rows.append([f"{entry['n_labels']:,}", *top1, str(entry["n_epochs"]), commit])
     columns = ["labels", "linear probe", "fine-tuned", "from scratch", "epochs of both", "commit"]
     return (
         f"{markdown(columns, rows)}\n\nTop-1 on all test images of CIFAR-10, one seed. "
-        f"{measured_by('transfer', [results['machine']])}"
+        f"{measured_by(TRANSFER_COMMAND, [entry['machine'] for entry in entries])}"
     )
 
 

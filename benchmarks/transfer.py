@@ -6,81 +6,83 @@ Each DIR has images in train/<class>/ and test/<class>/. Trains --preset laptop 
 and probes each encoder on both, beside an untrained encoder and k-means features. Then fine-tunes
 the encoder of CIFAR-10 with a part of the labels, beside its linear probe and the same network
 trained from scratch for as many steps. Each result is an entry of benchmarks/results/transfer.json.
-What is there is not done again; a training that was stopped goes on.
+What is there is not done again; a training that was stopped goes on. The commit of an entry is that
+of the program that wrote it.
 """
 
 import shlex
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.common import machine, parser, this_commit
 from benchmarks.kmeans import kmeans_row
-from benchmarks.study import run_train
+from benchmarks.peers import N_CENTROIDS
+from benchmarks.study import run_of, run_train
 from data import load_images
-from experiment import Run
+from hparams import PRESETS
 from infra import files
 from infra.device import configure
 from main import main as run_program
 
 DATA_SETS = ("cifar10", "cifar100")
 SOURCES = (*DATA_SETS, "untrained")
-N_CENTROIDS = 400  # of k-means
+PRESET_OPTIONS = "--preset laptop"
 SHARES = {0.01: 100, 0.1: 20, 1.0: 5}  # of the labels: epochs of fine-tuning
 
 
-def run_of(log_folder, source):
-    """Return the Run that is trained on a data set."""
-    (exp_dir,) = log_folder.glob(f"{source}__*")
-    return Run(exp_dir)
-
-
 def probe_entry(options, source, target):
-    """Return the accuracies on `target` of the encoder that is trained on `source`."""
+    """Return the accuracies on `target` of the encoder that is trained on `source`.
+
+    Exits if the training diverges.
+    """
     name = source if source == target else f"{source}-to-{target}"
-    folder = getattr(options, target)
     argv = ["train", "--exp_name", name, "--log_folder", str(options.log_folder), "--seed", "42"]
-    argv += ["--dataset", "folder", "--data_dir", str(folder), *shlex.split(options.settings)]
+    argv += ["--dataset", "folder", "--data_dir", str(getattr(options, target))]
+    argv += shlex.split(options.settings)
     if source != target:
         argv += ["--n_epochs", "0"]
     if source not in (target, "untrained"):
         argv += ["--weights", str(run_of(options.log_folder, source).last)]
-    return run_train(argv)
+    result = run_train(argv)
+    if "failed" in result:
+        sys.exit(f"{name}: {result['failed']}")
+    return result
 
 
 def kmeans_entry(options, target):
     """Return the accuracy of k-means features that are learned on `target`."""
     images = [load_images("folder", getattr(options, target), train) for train in (True, False)]
-    n = min(N_CENTROIDS, len(images[0].images))
-    return kmeans_row(*images, n, n_eval_epochs=10, seed=42)[0]
+    n_epochs = PRESETS["laptop"]["n_eval_epochs"]
+    return kmeans_row(*images, N_CENTROIDS, n_epochs, seed=42)[0]
 
 
 def labels_entry(options, share):
-    """Return the accuracies with a share of CIFAR-10's labels: fine-tuned, probe, from scratch."""
+    """Return the accuracies with a share of CIFAR-10's labels: probe, fine-tuned, from scratch."""
     run = run_of(options.log_folder, "cifar10")
-    words = ["--label_fraction", share, "--n_epochs", SHARES[share]]
-    start = time.monotonic()
-    code = run_program([*map(str, ["finetune", "--exp_dir", run.dir, *words])])
+    n_epochs = SHARES[share]
+    argv = ["finetune", "--exp_dir", run.dir, "--label_fraction", share, "--n_epochs", n_epochs]
+    code = run_program([str(word) for word in argv])
     if code != 0:
         sys.exit(code)
-    seconds = time.monotonic() - start
-    (path,) = run.finetune.glob(f"label_fraction{share}_n_epochs{SHARES[share]}_*/result.json")
+    (path,) = run.finetune.glob(f"label_fraction{share}_n_epochs{n_epochs}_*/result.json")
     result = files.read_sealed(path)
     top1 = {name: result[name]["top1"] for name in ("probe", "finetuned", "from_scratch")}
-    return {"n_labels": result["n_labels"], **top1, "seconds": seconds, "commit": this_commit()}
+    about = {"n_labels": result["n_labels"], "n_epochs": n_epochs, "commit": this_commit()}
+    return {**about, **top1}
 
 
-def jobs(options):
-    """Yield (name, function that returns its entry) of each entry of the results."""
+def entries_of(options):
+    """Yield the name of each entry of the results, and the function that returns it."""
     for source in SOURCES:
         for target in sorted(DATA_SETS, key=lambda name: name != source):  # its own images first
-            yield f"{source} to {target}", lambda s=source, t=target: probe_entry(options, s, t)
+            yield f"{source} to {target}", partial(probe_entry, options, source, target)
     for target in DATA_SETS:
-        yield f"kmeans to {target}", lambda t=target: kmeans_entry(options, t)
+        yield f"kmeans to {target}", partial(kmeans_entry, options, target)
     for share in SHARES:
-        yield f"labels {share}", lambda s=share: labels_entry(options, s)
+        yield f"labels {share}", partial(labels_entry, options, share)
 
 
 def main(argv=None):
@@ -88,16 +90,18 @@ def main(argv=None):
     for name in DATA_SETS:
         made.add_argument(f"--{name}", type=Path, required=True, metavar="DIR")
     made.add_argument("--log_folder", type=Path, default=Path("logs/transfer"))
-    text = "of the runs (default: --preset laptop)"
-    made.add_argument("--settings", default="--preset laptop", help=text)
+    made.add_argument(
+        "--settings", default=PRESET_OPTIONS, help=f"of the runs (default: {PRESET_OPTIONS})"
+    )
     options = made.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     configure(torch.device("cpu"))
     path = options.out / "transfer.json"
-    results = {"machine": machine(), **files.read_json(path)}
-    for name, compute in jobs(options):
+    results = files.read_json(path)
+    for name, compute in entries_of(options):
         if name not in results:
-            results[name] = compute()
+            about = {"settings": options.settings, "machine": machine()}
+            results[name] = {**about, **compute()}
             files.write_json(path, results)
             print(name, results[name], flush=True)
 

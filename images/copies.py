@@ -83,7 +83,7 @@ def nearest_rows(x, others, k, device="cpu"):
     """
     queries, keys = x, others
     if len(x) * len(others) > MANY_PAIRS:
-        axes = components(others)
+        axes = principal_axes(others)
         queries, keys = (F.normalize(e @ axes, dim=1) for e in (x, others))
     keys = keys.to(device)
     cosines, rows = [], []
@@ -96,8 +96,8 @@ def nearest_rows(x, others, k, device="cpu"):
     return torch.cat(cosines), torch.cat(rows)
 
 
-def components(x):
-    """Return the first principal components of some of the rows of x (N, d): (d, N_COMPONENTS)."""
+def principal_axes(x):
+    """Return the first principal axes of some rows of x (N, d): (d, k), k at most N_COMPONENTS."""
     some = torch.randperm(len(x), generator=generator(0, "components"))[:1000]
     return torch.linalg.svd(x[some], full_matrices=False).Vh[:N_COMPONENTS].T
 

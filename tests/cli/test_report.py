@@ -475,12 +475,14 @@ def test_the_bound_is_exceeded_by_few_random_pairs_with_unlike_pixels():
     assert 0.999 * max(unlike) < bound <= max(unlike) + 1e-6
 
 
-@pytest.mark.parametrize("d", [3, copies.N_COMPONENTS + 1], ids=["as-given", "by-components"])
-def test_clusters_are_those_that_the_data_have(d):
-    centres = torch.eye(3, d).repeat_interleave(torch.tensor([30, 20, 10]), 0)
-    x = F.normalize(centres + 0.04 * torch.randn(60, d, generator=torch.manual_seed(0)), dim=1)
+@pytest.mark.parametrize(
+    ("d", "noise"), [(3, 0.1), (3 * copies.N_COMPONENTS, 0.02)], ids=["as-given", "by-components"]
+)
+def test_clusters_are_those_that_the_data_have(d, noise):
+    centres = torch.eye(3, d).repeat_interleave(torch.tensor([300, 200, 100]), 0)
+    x = F.normalize(centres + noise * torch.randn(600, d, generator=torch.manual_seed(0)), dim=1)
     clusters = explore.clusters_of(x, 3)
-    for number, expected in enumerate((range(30), range(30, 50), range(50, 60)), 1):
+    for number, expected in enumerate((range(300), range(300, 500), range(500, 600)), 1):
         rows, cosines = zip(*[(row, c) for row, n, c in clusters if n == number], strict=True)
         assert sorted(rows) == list(expected)
         cosine = F.cosine_similarity(x[list(rows)], x[list(rows)].mean(0, keepdim=True))

@@ -163,3 +163,42 @@ def test_the_tables_show_the_figures_of_the_files():
     choices = read("choices-cpu")["choices"]
     step, as_is = (statistics.median(choices[name]["seconds"]) for name in ("fp32", "as it is"))
     assert f"| fp32 | {step / as_is:.2f} |" in tables.choices_table()
+
+
+def test_the_lead_of_the_preset_and_k_means_at_equal_time(tmp_path, monkeypatch):
+    """Of made-up results, in which methods, budgets and seconds are missing."""
+
+    def entry(method, budget, top1, knn_top1):
+        about = {"seed": 42, "commit": "0" * 7}
+        return {"method": method, "budget": budget, "top1": top1, "knn_top1": knn_top1, **about}
+
+    peers = [
+        entry("preset", 60, 70, 60),
+        entry("preset", 60, 72, 61),
+        entry("simclr", 60, 69, 62),
+        entry("vicreg", 60, 69.5, 50),
+        entry("supervised", 60, 99, 99),
+        entry("preset", 180, 75, 65),
+    ]
+    kmeans = [(400, 50000, 70, 66.0), (800, 50000, 71, 80.0), (400, 5000, 50, 30.0)]
+    names = ("n_centroids", "n_images", "top1", "seconds")
+    kmeans = [{**dict(zip(names, row, strict=True)), "commit": "0" * 7} for row in kmeans]
+    laptop = {
+        "budget-1": {"runs": [{"top1": 60.0, "seconds": {"training": 30, "probe": 10}}]},
+        "budget-2": {"runs": [{"top1": 99.0}]},  # of --disturbed
+        "preset-50000": {"runs": [{"top1": 80.0, "seconds": {"training": 160}}]},
+    }
+    for name, content in (("peers", {"rows": peers}), ("kmeans", {"rows": kmeans})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "laptop.json").write_text(json.dumps(laptop))
+    monkeypatch.setattr(tables, "RESULTS_FOLDER", tmp_path)
+    _, _, preset, simclr, supervised, kmeans_row, lead = tables.minutes_table().splitlines()
+    assert "| 71.0% (70.0 to 72.0) | 75.0% |" in preset
+    assert "| 69.0% |  |" in simclr and "| 99.0% |  |" in supervised
+    cells = "| 70.0%: 400 centroids, 66 s; 71.0%: 800 centroids, 80 s |  |"
+    assert cells in kmeans_row
+    assert "| +1.5; +10.5 (VICReg) |  |" in lead
+    # 80 s are half way from 40 to 160 s in the logarithm.
+    assert "in 80 s k-means with 800 centroids reaches 71.0%, the preset 70.0%" in (
+        tables.kmeans_text()
+    )

@@ -1,12 +1,13 @@
-"""The benchmark of transfer and of few labels, on a few small images."""
+"""The benchmark of transfer and of few labels, on a few small images, and its tables."""
 
 import json
 
 import pytest
 from helpers import write_images
 
-from benchmarks import tables, transfer
-from experiment import Run
+from benchmarks import common, tables, transfer
+from benchmarks.study import run_of
+from infra import files
 
 SETTINGS = (
     "--image_size 16 --arch resnet18-tiny --emb_pool blocks --h_dim 8 --z_dim 4 --n_patches 2 "
@@ -17,10 +18,13 @@ SETTINGS = (
 @pytest.fixture
 def words(tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "SHARES", {0.5: 2})
+    monkeypatch.setattr(transfer, "N_CENTROIDS", 5)
+    seed = 0
     for name in transfer.DATA_SETS:
-        for split in ("train", "test"):
-            for seed, kind in enumerate(("across", "down")):
-                write_images(tmp_path / name / split / kind, 10, seed + len(name))
+        for split, n in (("train", 10), ("test", 6)):
+            for kind in ("across", "down"):
+                write_images(tmp_path / name / split / kind, n, seed)
+                seed += 1
     data = [f"--{name}={tmp_path / name}" for name in transfer.DATA_SETS]
     return [*data, f"--settings={SETTINGS}", f"--log_folder={tmp_path}", f"--out={tmp_path}"]
 
@@ -29,43 +33,72 @@ def test_each_result_is_of_the_run_that_it_names_and_is_done_once(words, tmp_pat
     transfer.main(words)
     text = (tmp_path / "transfer.json").read_text()
     results = json.loads(text)
-    names = [
-        f"{source} to {target}" for source in transfer.SOURCES for target in ("cifar10", "cifar100")
-    ]
-    assert results.keys() == {
-        "machine",
-        *names,
-        "kmeans to cifar10",
-        "kmeans to cifar100",
-        "labels 0.5",
-    }
-    for source, target, folder in (
-        ("cifar10", "cifar10", "cifar10__*"),
-        ("cifar10", "cifar100", "cifar10-to-cifar100__*"),
-        ("untrained", "cifar100", "untrained-to-cifar100__*"),
+    names = [f"{source} to {name}" for source in transfer.SOURCES for name in transfer.DATA_SETS]
+    names += [f"kmeans to {name}" for name in transfer.DATA_SETS]
+    assert results.keys() == {*names, "labels 0.5"}
+    for source, target, exp_name in (
+        ("cifar10", "cifar10", "cifar10"),
+        ("cifar10", "cifar100", "cifar10-to-cifar100"),
+        ("cifar100", "cifar10", "cifar100-to-cifar10"),
+        ("untrained", "cifar100", "untrained-to-cifar100"),
     ):
-        (exp_dir,) = tmp_path.glob(folder)
-        run = Run(exp_dir)
+        run = run_of(tmp_path, exp_name)
         hp = run.read_hparams()
         assert hp.data_dir == str(tmp_path / target)
-        trained_on = (
-            None if source in (target, "untrained") else str(transfer.run_of(tmp_path, source).last)
-        )
-        assert hp.weights == trained_on and hp.n_epochs == float(source == target)
+        is_other = source not in (target, "untrained")
+        assert hp.weights == (str(run_of(tmp_path, source).last) if is_other else None)
+        assert hp.n_epochs == float(source == target)
         assert results[f"{source} to {target}"]["top1"] == run.read_result()["top1"]
+    assert results["kmeans to cifar100"]["n_images"] == 20
+    assert results["kmeans to cifar100"]["n_centroids"] == 5
+    (path,) = run_of(tmp_path, "cifar10").finetune.glob("*/result.json")
+    result = files.read_sealed(path)
     labels = results["labels 0.5"]
-    assert labels["n_labels"] == 10 and all(
-        0 <= labels[name] <= 100 for name in ("probe", "finetuned")
-    )
+    assert (labels["n_labels"], labels["n_epochs"]) == (10, 2)
+    for name in ("probe", "finetuned", "from_scratch"):
+        assert labels[name] == result[name]["top1"]
 
-    monkeypatch.setattr(transfer, "run_program", lambda argv: pytest.fail("done again"))
-    monkeypatch.setattr(transfer, "run_train", lambda argv: pytest.fail("done again"))
+    for name in ("run_program", "run_train", "kmeans_row"):
+        monkeypatch.setattr(transfer, name, lambda *_: pytest.fail("done again"))
     transfer.main(words)
     assert (tmp_path / "transfer.json").read_text() == text
 
+
+def test_a_training_that_diverges_is_no_result(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "run_train", lambda argv: {"failed": "the loss is nan"})
+    with pytest.raises(SystemExit, match="cifar10: the loss is nan"):
+        transfer.main(words)
+    assert not (tmp_path / "transfer.json").exists()
+
+
+def test_the_tables_of_transfer_and_labels(tmp_path, monkeypatch):
+    """Entries of other settings, and those that are missing, are left out."""
     monkeypatch.setattr(tables, "RESULTS_FOLDER", tmp_path)
-    monkeypatch.setattr(tables, "SHARES", {0.5: 2})
-    cell = f"{results['cifar10 to cifar100']['top1']:.1f}%"
-    assert f" | {cell}; " in tables.transfer_table()
-    top1 = [f"{labels[name]:.1f}%" for name in ("probe", "finetuned", "from_scratch")]
-    assert f"| 10 (50%) | {' | '.join(top1)} | 2 |" in tables.labels_table()
+    assert "Not measured yet" in tables.transfer_table() + tables.labels_table()
+    about = {
+        "settings": transfer.PRESET_OPTIONS,
+        "machine": common.machine("cpu"),
+        "commit": "0" * 7,
+    }
+    entries = {
+        "cifar10 to cifar10": {"top1": 81.04, "knn_top1": 72.0},
+        "cifar10 to cifar100": {"top1": 50.0, "knn_top1": 41.0},
+        "cifar100 to cifar10": {"top1": 78.0, "knn_top1": 69.0, "settings": "--lr 1"},
+        "kmeans to cifar100": {"top1": 45.0},
+        "labels 0.01": {
+            "n_labels": 5000,
+            "n_epochs": 7,
+            "probe": 60.0,
+            "finetuned": 59.0,
+            "from_scratch": 30.0,
+        },
+    }
+    entries = {name: {**about, **entry} for name, entry in entries.items()}
+    files.write_json(tmp_path / "transfer.json", entries)
+    head, _, *rows = tables.transfer_table().split("\n\n")[0].splitlines()
+    assert head == "|  | on CIFAR-10 | on CIFAR-100 | commit |"
+    assert rows == [
+        "| --preset laptop, trained on CIFAR-10 | 81.0%; 72.0% | 50.0%; 41.0% | 0000000\u2021 |",
+        "| k-means features, learned on the same images |  | 45.0% | 0000000\u2021 |",
+    ]
+    assert "| 5,000 | 60.0% | 59.0% | 30.0% | 7 | 0000000\u2021 |" in tables.labels_table()

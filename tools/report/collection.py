@@ -75,7 +75,7 @@ class Collection:
 def collection_of(run, encoded, page=""):
     """Return the Collection of {split: content of its artifact}, without pictures.
 
-    The embeddings are taken out of the contents: of many images both would not fit into memory.
+    The embeddings are taken out of the contents, so that they are not kept twice.
     """
     embeddings, labels, names, splits = [], [], [], []
     for split, content in encoded.items():

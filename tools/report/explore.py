@@ -15,9 +15,9 @@ from images.copies import (
     N_COMPONENTS,
     alike,
     centred,
-    components,
     nearest_rows,
     outlines,
+    principal_axes,
 )
 from infra import files
 from infra.console import log
@@ -66,7 +66,7 @@ def clusters_of(x, k):
     from sklearn.cluster import KMeans
 
     k = min(k, len(x))
-    few = x @ components(x) if x.shape[1] > N_COMPONENTS else x
+    few = x @ principal_axes(x) if x.shape[1] > N_COMPONENTS else x
     labels = KMeans(k, n_init=1, random_state=0).fit_predict(few.numpy())
     labels = torch.from_numpy(labels).long()
     centres = F.normalize(torch.zeros(k, x.shape[1]).index_add_(0, labels, x), dim=1)
@@ -147,9 +147,10 @@ def doubtful_labels(collection, probe):
     The most confident come first.
     """
     rows = (collection.labels >= 0).nonzero().flatten()
-    parts = [probe_predictions(probe, collection.embeddings[part]) for part in rows.split(1000)]
-    confidence, predicted = (torch.cat(values) for values in zip(*parts, strict=True))
-    predictions = zip(rows.tolist(), predicted.tolist(), confidence.tolist(), strict=True)
+    confidence, predicted = probe_predictions(probe, collection.embeddings)
+    predictions = zip(
+        rows.tolist(), predicted[rows].tolist(), confidence[rows].tolist(), strict=True
+    )
     doubtful = [
         (row, collection.label_of(row), collection.class_names[label], p, collection.splits[row])
         for row, label, p in predictions

@@ -84,7 +84,8 @@ class RunResults(NamedTuple):
 
     status: str
     result: dict
-    encoded: dict  # {split: what artifacts/<split>.pt holds}
+    # {split: what artifacts/<split>.pt holds}, without embeddings once a Collection is made of it
+    encoded: dict
     probe: dict  # what probe.pt holds
     lost: list  # names of files that are missing, damaged, or of other weights, images or settings
 
