@@ -18,6 +18,7 @@ from benchmarks.common import machine, parser, this_commit
 from benchmarks.speed import PARTS, Side, milliseconds, peak_rates, training
 from benchmarks.study import result_of
 from encode import encode
+from experiment import Run
 from hparams import Hparams
 from infra import files
 from infra.device import generator, peak_memory, pick_device
@@ -102,7 +103,7 @@ def whole_run(options, text):
         if code:
             raise RuntimeError(f"main.py train ended with exit code {code}")
         (exp_dir,) = Path(folder).iterdir()
-        yield text, {"wall_seconds": seconds, **result_of(exp_dir)}
+        yield text, {"wall_seconds": seconds, **result_of(Run(exp_dir))}
 
 
 GPU_PARTS = {
