@@ -25,11 +25,10 @@ from infra import files
 
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("guide", "results", "speed")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("guide", "results", "findings", "speed")),
 )
 PEERS_FILES = ("benchmarks/peers.py", "benchmarks/peers_methods.py")
 TRANSFER_COMMAND = "transfer --cifar10 DIR --cifar100 DIR"
-TRANSFER_FILES = ("benchmarks/transfer.py",)
 OTHER_SCORES = ("knn_top1", "with_kmeans_top1")  # beside top1 in the table of peers.py
 KMEANS_FILE = "benchmarks/kmeans.py"
 EMP_SSL_METHODS = ("preset", "preset-stages")  # of this program
@@ -395,8 +394,7 @@ def transfer_table():
         entries = [results.get(f"{source} to {target}") for target in DATA_SETS]
         measured = [entry for entry in entries if entry]
         if measured:
-            others = (KMEANS_FILE,) if source == "kmeans" else ()
-            commit = version_text(measured, *TRANSFER_FILES, *others)
+            commit = version_text(measured, *([KMEANS_FILE] if source == "kmeans" else []))
             rows.append([title, *map(transfer_cell, entries), commit])
             there += measured
     if not rows:
@@ -421,7 +419,7 @@ def labels_table():
     rows = []
     for entry in entries:
         top1 = [f"{entry[name]:.1f}%" for name in ("probe", "finetuned", "from_scratch")]
-        commit = version_text([entry], *TRANSFER_FILES, "tools/finetune.py", "tools/probe.py")
+        commit = version_text([entry], "tools/finetune.py", "tools/probe.py")
         rows.append([f"{entry['n_labels']:,}", *top1, str(entry["n_epochs"]), commit])
     columns = ["labels", "linear probe", "fine-tuned", "from scratch", "epochs of both", "commit"]
     return (

@@ -68,7 +68,9 @@ def test_figures_without_a_source_are_found():
     assert accuracies_without_source(f"{page}<!-- peers -->\n84%\n<!-- /peers -->\n") == without
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md", "docs/speed.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/results.md", "docs/findings.md", "docs/speed.md"]
+)
 def test_a_figure_that_is_written_by_hand_names_its_source(name):
     """The report of the demo has a test of its own."""
     found = accuracies_without_source(PAGES[ROOT / name])
