@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from experiment import Run
 from infra.device import pick_device, pick_precision
 from infra.metrics import environment, git_commit
 
@@ -34,6 +35,12 @@ def machine(device="auto"):
     """Return what the figures depend on: processor, device, precision, versions."""
     device = pick_device(device)
     return environment(device, pick_precision("auto", device))
+
+
+def run_of(log_folder, exp_name):
+    """Return the Run of this name in a folder. Raises ValueError unless there is exactly one."""
+    (exp_dir,) = Path(log_folder).glob(f"{exp_name}__*")
+    return Run(exp_dir)
 
 
 def child(*arguments):

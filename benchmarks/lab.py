@@ -21,8 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import ROOT, machine, parser, this_commit
-from benchmarks.study import run_of
+from benchmarks.common import ROOT, machine, parser, run_of, this_commit
 from data import Images
 from images.folders import find_images
 from infra import files

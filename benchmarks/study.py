@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.common import child, commit_of, machine, parser, this_commit
 from benchmarks.rows import GROUPS, PLAIN_RUN, all_options, rows_of
-from cli import hparams_of, parse
+from cli import exp_dir_of, hparams_of, parse
 from data import Images
 from evaluate import Fit, linear_probe
 from experiment import Run
@@ -97,16 +97,10 @@ def run_train(argv):
         return {"seed": args.seed, "failed": last, "commit": this_commit()}
     if code != 0:
         sys.exit(code)
-    run = run_of(args.log_folder, args.exp_name)
+    run = Run(exp_dir_of(args, hparams_of(args)))
     for path in run.epoch_checkpoints():
         path.unlink()
     return {"seed": args.seed, **result_of(run)}
-
-
-def run_of(log_folder, exp_name):
-    """Return the Run of this name; there must be one of one batch size, rate and seed."""
-    (exp_dir,) = Path(log_folder).glob(f"{exp_name}__*")
-    return Run(exp_dir)
 
 
 def result_of(run):

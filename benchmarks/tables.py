@@ -370,8 +370,8 @@ def search_table():
 def peers_cell(rows):
     if not rows:
         return ""
-    others = [statistics.mean(row[name] for row in rows) for name in OTHER_SCORES]
-    return "; ".join([spread(rows, "top1"), *(f"{value:.1f}%" for value in others)])
+    others = [f"{mean_of(rows, name):.1f}%" for name in OTHER_SCORES]
+    return "; ".join([spread(rows, "top1"), *others])
 
 
 def transfer_entries():

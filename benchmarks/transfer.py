@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import machine, parser, this_commit
+from benchmarks.common import machine, parser, run_of, this_commit
 from benchmarks.kmeans import kmeans_row
 from benchmarks.peers import N_CENTROIDS
-from benchmarks.study import run_of, run_train
+from benchmarks.study import run_train
 from data import load_images
 from hparams import PRESETS
 from infra import files

@@ -6,7 +6,7 @@ import pytest
 from helpers import write_images
 
 from benchmarks import common, tables, transfer
-from benchmarks.study import run_of
+from benchmarks.common import run_of
 from infra import files
 
 SETTINGS = (
