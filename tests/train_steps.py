@@ -1,12 +1,11 @@
 """A step of training in one process or several: what test_distributed.py compares.
 
-torchrun runs this file: python -m tests.train_steps PATH OPTIONS
+torchrun runs this file: python -m tests.train_steps PATH OPTIONS OPTIONS ...
 """
 
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -19,41 +18,40 @@ from train import build_step
 from weights import new_encoder
 
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 SMALL = (
     "--arch resnet18-tiny --h_dim 64 --z_dim 16 --n_patches 4 --bs 16 --optimizer sgd --lr 1e-9 "
     "--precision fp32 --device cpu"
 )
 
 
-def train_one_step(path, options):
-    """Train a step, in as many processes as torchrun started; write its metrics and gradients.
+def train_one_step(options):
+    """Return the metrics and the gradients of a step, in as many processes as torchrun started.
 
     options: of a train command. Batch norm is in eval mode, since on a CPU each process has its
     own.
     """
-    torch.set_num_threads(1)
     hp = cli.hparams_of(cli.parse(["train", *options.split()]))
-    device = torch.device("cpu")
-    with distributed.process_group(device):
-        encoder = new_encoder(hp).to(memory_format=torch.channels_last).eval()
-        network = distributed.data_parallel(encoder, device)
-        step = build_step(hp, network, build_optimizer(hp, encoder), bf16=False)
-        rng = torch.manual_seed(0)
-        images = torch.randint(0, 256, (hp.bs, 3, 32, 32), dtype=torch.uint8, generator=rng)
-        metrics = step(distributed.shard(images), generator(0, "patches"))
-        gradients = {name: p.grad for name, p in encoder.named_parameters()}
-        files.write_pt(path, {"metrics": metrics, "gradients": gradients})
+    encoder = new_encoder(hp).to(memory_format=torch.channels_last).eval()
+    network = distributed.data_parallel(encoder, CPU)
+    step = build_step(hp, network, build_optimizer(hp, encoder), bf16=False)
+    rng = torch.manual_seed(0)
+    images = torch.randint(0, 256, (hp.bs, 3, 32, 32), dtype=torch.uint8, generator=rng)
+    metrics = step(distributed.shard(images), generator(0, "patches"))
+    gradients = {name: p.grad for name, p in encoder.named_parameters()}
+    return {"metrics": metrics, "gradients": gradients}
 
 
-def by_processes(n, options):
-    """Return what train_one_step writes, of n processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "step.pt"
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-        command = [sys.executable, *launch, "-m", "tests.train_steps", str(path), options]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, cwd=ROOT, env=env)
-        return files.read_pt(path)
+def by_processes(n, path, steps):
+    """Return {options: what train_one_step returns} of n processes, for each of the steps.
+
+    They write it to path.
+    """
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+    command = [sys.executable, *launch, "-m", "tests.train_steps", str(path), *steps]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, cwd=ROOT, env=env)
+    return files.read_pt(path)
 
 
 def difference(a, b):
@@ -65,4 +63,6 @@ def difference(a, b):
 
 
 if __name__ == "__main__":
-    train_one_step(Path(sys.argv[1]), sys.argv[2])
+    with distributed.process_group(CPU):
+        path, *steps = sys.argv[1:]
+        files.write_pt(Path(path), {options: train_one_step(options) for options in steps})

@@ -10,7 +10,7 @@ import pytest
 import torch
 import train_steps
 from helpers import LAUNCH, ONE_THREAD, ROOT, RUN, contents, resume, training_lines
-from train_steps import SMALL
+from train_steps import SMALL, train_one_step
 
 from experiment import load_checkpoint, position
 from infra import distributed, files
@@ -18,6 +18,13 @@ from infra.device import generator
 from infra.errors import UsageError
 from patches import sample_patches
 
+STEPS = (
+    f"{SMALL} --uniformity_loss vonmises",
+    f"{SMALL} --uniformity_loss contrastive --temperature 0.1 --stage_loss_weight 2",
+    f"{SMALL} --bags 2",
+)
+IN_STAGES = f"{SMALL} --stage_loss_weight 2"
+CHUNKS = f"{IN_STAGES} --max_patches 20"
 # The program, in which some ranks send themselves a signal at the n-th call of a function.
 KILLED = """
 import importlib, os, signal, sys, main
@@ -43,33 +50,24 @@ def launched(n, *argv, script=ROOT / "main.py"):
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
 
-def by_this_process(options, tmp_path):
-    """Return what train_steps.by_processes does, of this process alone."""
-    n_threads = torch.get_num_threads()
-    train_steps.train_one_step(tmp_path / "step.pt", options)
-    torch.set_num_threads(n_threads)
-    return files.read_pt(tmp_path / "step.pt")
-
-
 def assert_equal_to_rounding(one, other):
     loss, gradient = train_steps.difference(one, other)
     assert loss < 1e-5
     assert gradient < 1e-5
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        "--uniformity_loss vonmises",
-        "--uniformity_loss contrastive --temperature 0.1 --stage_loss_weight 2",
-        "--bags 2",
-    ],
-)
-def test_loss_and_gradient_of_two_processes_are_those_of_one(more, tmp_path):
-    options = f"{SMALL} {more}"
-    one = by_this_process(options, tmp_path)
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """What two processes return for each of STEPS and for CHUNKS, in one launch."""
+    path = tmp_path_factory.mktemp("steps") / "steps.pt"
+    return train_steps.by_processes(2, path, [*STEPS, CHUNKS])
+
+
+@pytest.mark.parametrize("options", STEPS)
+def test_loss_and_gradient_of_two_processes_are_those_of_one(options, by_two):
+    one = train_one_step(options)
     assert one["metrics"].abs().min() > 0.005
-    assert_equal_to_rounding(one, train_steps.by_processes(2, options))
+    assert_equal_to_rounding(one, by_two[options])
 
 
 def test_patches_of_a_part_of_a_batch_are_those_of_the_whole():
@@ -181,11 +179,9 @@ def test_two_processes_killed_anywhere_and_resumed_end_with_the_same_bits(tiny, 
         assert contents(tmp_path / name / RUN) == contents(tmp_path / "undisturbed" / RUN), stage
 
 
-def test_in_chunks_loss_and_gradient_are_those_of_the_whole_batch(tmp_path):
-    options = f"{SMALL} --stage_loss_weight 2"
-    whole = by_this_process(options, tmp_path)
+def test_in_chunks_loss_and_gradient_are_those_of_the_whole_batch(by_two):
+    whole = train_one_step(IN_STAGES)
     for max_patches in (3, 63):
-        chunks = by_this_process(f"{options} --max_patches {max_patches}", tmp_path)
+        chunks = train_one_step(f"{IN_STAGES} --max_patches {max_patches}")
         assert_equal_to_rounding(whole, chunks)
-    chunks = train_steps.by_processes(2, f"{options} --max_patches 20")
-    assert_equal_to_rounding(whole, chunks)
+    assert_equal_to_rounding(whole, by_two[CHUNKS])
