@@ -28,10 +28,12 @@ PAGES = (
     *(ROOT / "docs" / f"{name}.md" for name in ("guide", "results", "findings", "speed")),
 )
 PEERS_FILES = ("benchmarks/peers.py", "benchmarks/peers_methods.py")
-TRANSFER_COMMAND = "transfer --cifar10 DIR --cifar100 DIR"
-OTHER_SCORES = ("knn_top1", "with_kmeans_top1")  # beside top1 in the table of peers.py
+TRANSFER_COMMAND = "transfer --cifar10 DIR --cifar100 DIR100"
 KMEANS_FILE = "benchmarks/kmeans.py"
-EMP_SSL_METHODS = ("preset", "preset-stages")  # of this program
+OWN_METHODS = {  # of this program
+    "preset": "`--preset laptop`",
+    "preset-stages": "`--preset laptop`, batches of 50, a loss after each stage",
+}
 SUMMARY_METHODS = ("preset", "simclr", "supervised")  # in the table of the README
 SPEED_FILES = ("benchmarks/speed.py", "benchmarks/baseline.py")
 HEADERS = {  # of the columns of study_table
@@ -65,7 +67,13 @@ def spread(runs, name):
     if len(values) < len(runs):
         return ""
     mean = f"{statistics.mean(values):.1f}%"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+    return mean if len(values) == 1 else f"{mean} ({least_and_greatest(runs, name)})"
+
+
+def least_and_greatest(runs, name):
+    """Return "70.1 to 70.3"."""
+    values = [run[name] for run in runs]
+    return f"{min(values):.1f} to {max(values):.1f}"
 
 
 def seconds_of_runs(runs):
@@ -207,10 +215,12 @@ def headline():
     entry = results_of("laptop")["preset-50000"]
     runs, m = entry["runs"], entry["machine"]
     return (
-        f"A linear probe of `--preset laptop` classifies **{spread(runs, 'top1')}** of the test "
-        f"images of CIFAR-10 correctly, 20-NN {spread(runs, 'knn_top1')}. Training, encoding and "
-        f"probe take {median_seconds(runs)} seconds ({seeds_text([len(runs)])}; {m['processor']}, "
-        f"{m['cores']} cores, {m['device']}, {m['precision']}; commit {version_text(runs)})."
+        f"A linear probe of `--preset laptop` classifies **{mean_of(runs, 'top1'):.1f}%** of the "
+        f"test images of CIFAR-10 correctly, 20-NN {mean_of(runs, 'knn_top1'):.1f}%: means of "
+        f"{seeds_text([len(runs)])}, {least_and_greatest(runs, 'top1')} and "
+        f"{least_and_greatest(runs, 'knn_top1')}. Training, encoding and probe take "
+        f"{median_seconds(runs)} seconds ({m['processor']}, {m['cores']} cores, {m['device']}, "
+        f"{m['precision']}; commit {version_text(runs)})."
     )
 
 
@@ -236,7 +246,7 @@ def kmeans_line(budgets):
         text = f"{spread(runs, 'top1')}: {n_centroids:,} centroids, {seconds:.0f} s"
         cells[nearest].append(text)
     commit = version_text([run for runs in groups.values() for run in runs], KMEANS_FILE)
-    title = "k-means features of all images, by all of their seconds"
+    title = "k-means features: training, encoding and probe together"
     return [title, *map("; ".join, cells.values()), commit]
 
 
@@ -281,13 +291,17 @@ def budgets_of(methods):
     return sorted({budget for by_budget in methods.values() for budget in by_budget})
 
 
+def method_title(name):
+    return OWN_METHODS.get(name, METHODS[name].title)
+
+
 def method_rows(methods, budgets, cell):
     """Return a row for each method: its title, cell(rows) for each budget, its commits."""
     lines = []
     for name, by_budget in methods.items():
         cells = [cell(by_budget.get(budget, [])) for budget in budgets]
         rows = [row for rows in by_budget.values() for row in rows]
-        lines.append([METHODS[name].title, *cells, version_text(rows, *PEERS_FILES)])
+        lines.append([method_title(name), *cells, version_text(rows, *PEERS_FILES)])
     return lines
 
 
@@ -297,7 +311,7 @@ def lead_row(methods, budgets):
     Of those without labels, that with the best linear probe.
     """
     preset = methods.get("preset", {})
-    others = {n: rows for n, rows in methods.items() if n not in (*EMP_SSL_METHODS, "supervised")}
+    others = {n: rows for n, rows in methods.items() if n not in (*OWN_METHODS, "supervised")}
     cells = []
     for budget in budgets:
         there = {
@@ -312,7 +326,7 @@ def lead_row(methods, budgets):
             for name in ("top1", "knn_top1")
         ]
         cells.append(f"{lead[0]:+.1f}; {lead[1]:+.1f} ({METHODS[best].title})")
-    return ["lead of the preset over the best other network, points; by 20-NN", *cells, ""]
+    return ["points by which the preset leads the best of the others: top-1; 20-NN", *cells, ""]
 
 
 def top1_cell(rows):
@@ -320,22 +334,25 @@ def top1_cell(rows):
 
 
 def peers_table():
-    """Return the table of top-1, 20-NN and top-1 beside k-means features, by method and budget."""
+    """Return the tables of peers.py by method and budget: by themselves, and beside k-means."""
     results = results_of("peers")
     methods = peers_by_budget(results)
     budgets = budgets_of(methods)
-    lines = [*method_rows(methods, budgets, peers_cell), lead_row(methods, budgets)]
+    lines = [*method_rows(methods, budgets, probe_and_neighbours), lead_row(methods, budgets)]
+    columns = ["top-1 of the linear probe; of 20-NN", *map(minutes_text, budgets), "commit"]
+    beside = [row[:-1] for row in method_rows(methods, budgets, beside_kmeans)]
     n_seeds = [len(rows) for by_budget in methods.values() for rows in by_budget.values()]
     k, untrained = results["kmeans"], results["untrained"]
-    commits = version_text([k, untrained], *PEERS_FILES, KMEANS_FILE)
     return (
-        f"{markdown(['', *map(minutes_text, budgets), 'commit'], lines)}\n\n"
-        f"A cell: top-1 of the linear probe; of 20-NN; of a linear probe of the representation and "
-        f"k-means features together. CIFAR-10, all test images, {seeds_text(n_seeds)}. The probes "
-        f"use the labels of {results['rows'][0]['n_probe']:,} training images. The k-means "
-        f"features, with {k['n_centroids']} centroids, by themselves: {k['top1']:.1f}%; the "
-        f"network untrained: {untrained['top1']:.1f}% (commits {commits}). "
-        f"{measured_by('peers --data_dir DIR', [results['machine']])}"
+        f"{markdown(columns, lines)}\n\n"
+        f"CIFAR-10, all test images, {seeds_text(n_seeds)}. The probes use the labels of "
+        f"{results['rows'][0]['n_probe']:,} training images. The network untrained: "
+        f"{untrained['top1']:.1f}% (commit {version_text([untrained], *PEERS_FILES)}). "
+        f"{measured_by('peers --data_dir DIR', [results['machine']])}\n\n"
+        f"A linear probe of each representation with k-means features beside it. Those alone, with "
+        f"{k['n_centroids']} centroids and ten epochs of the probe: {k['top1']:.1f}% (commit "
+        f"{version_text([k], KMEANS_FILE)}).\n\n"
+        f"{markdown(['top-1', *map(minutes_text, budgets)], beside)}"
     )
 
 
@@ -347,17 +364,13 @@ def search_table():
     if not rows:
         return f"Not measured yet: `python -m benchmarks.{command}`."
     row = rows[0]
-    base = row["scores"][label(PRESET_TRY)]
+    preset = label(PRESET_TRY)
+    scores = sorted(row["scores"].items(), key=lambda item: -item[1])
     lines = [
-        [
-            "the preset" if name == label(PRESET_TRY) else f"`{name}`",
-            f"{score:.1f}%",
-            f"{score - base:+.1f}",
-        ]
-        for name, score in row["scores"].items()
+        ["the preset" if name == preset else f"`{changed(name)}`", f"{score:.1f}%"]
+        for name, score in scores
     ]
-    lines.sort(key=lambda line: -float(line[1][:-1]))
-    columns = ["Muon's rate, and what differs from the preset", "top-1", "less the preset"]
+    columns = ["what differs from the preset", "top-1"]
     commit = version_text([row], *PEERS_FILES)
     return (
         f"{markdown(columns, lines)}\n\n"
@@ -367,11 +380,18 @@ def search_table():
     )
 
 
-def peers_cell(rows):
-    if not rows:
-        return ""
-    others = [f"{mean_of(rows, name):.1f}%" for name in OTHER_SCORES]
-    return "; ".join([spread(rows, "top1"), *others])
+def changed(text):
+    """Return the label of a Try, "muon 0.1" or "muon 0.05, --bs 25", as options of the program."""
+    optimizer, _, options = text.partition(", ")
+    return options or f"--lr {optimizer.split()[1]}"
+
+
+def probe_and_neighbours(rows):
+    return f"{spread(rows, 'top1')}; {mean_of(rows, 'knn_top1'):.1f}%" if rows else ""
+
+
+def beside_kmeans(rows):
+    return spread(rows, "with_kmeans_top1") if rows else ""
 
 
 def transfer_entries():

@@ -27,7 +27,7 @@ LINES = [
 ]
 SHELL = [line.split("   #")[0].strip() for line in LINES]
 SHELL += re.findall(r"`((?:python|make|torchrun|tensorboard) [^`]+)`", TEXT)
-EXP_DIR = "logs/EMP-SSL-Training/default__numpatch20_bs100_lr0.3"
+EXP_DIR = "logs/EMP-SSL-Training/default__numpatch4_bs100_lr0.05"
 # Each takes some seconds on a small run.
 QUICK = [line for line in SHELL if re.match(r"python main\.py (?!train)", line)]
 

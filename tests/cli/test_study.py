@@ -151,10 +151,11 @@ def test_the_tables_show_the_figures_of_the_files():
     assert cells in tables.laptop_table()
     peers = read("peers")
     simclr = [row for row in peers["rows"] if (row["method"], row["budget"]) == ("simclr", 60)]
-    others = [[row[name] for row in simclr] for name in ("knn_top1", "with_kmeans_top1")]
-    cells = [spread([row["top1"] for row in simclr])]
-    cells += [f"{statistics.mean(values):.1f}%" for values in others]
-    assert f"| SimCLR | {'; '.join(cells)} |" in tables.peers_table()
+    top1, beside, nearest = (
+        [row[name] for row in simclr] for name in ("top1", "with_kmeans_top1", "knn_top1")
+    )
+    assert f"| SimCLR | {spread(top1)}; {statistics.mean(nearest):.1f}% |" in tables.peers_table()
+    assert f"| SimCLR | {spread(beside)} |" in tables.peers_table()
     assert f"untrained: {peers['untrained']['top1']:.1f}%" in tables.peers_table()
     part = read("speed-cpu")["parts"]["tcr"]
     plain, ours = (statistics.median(part[side]["seconds"]) for side in ("baseline", "ours"))
@@ -163,6 +164,9 @@ def test_the_tables_show_the_figures_of_the_files():
     choices = read("choices-cpu")["choices"]
     step, as_is = (statistics.median(choices[name]["seconds"]) for name in ("fp32", "as it is"))
     assert f"| fp32 | {step / as_is:.2f} |" in tables.choices_table()
+    (search,) = (row for row in peers["rows"] if row["method"] == "search")
+    for name, text in (("muon 0.1", "--lr 0.1"), ("muon 0.05, --bs 25", "--bs 25")):
+        assert f"| `{text}` | {search['scores'][name]:.1f}% |" in tables.search_table()
 
 
 def test_the_lead_of_the_preset_and_k_means_at_equal_time(tmp_path, monkeypatch):
