@@ -32,7 +32,7 @@ TRANSFER_COMMAND = "transfer --cifar10 DIR --cifar100 DIR100"
 KMEANS_FILE = "benchmarks/kmeans.py"
 OWN_METHODS = {  # of this program
     "preset": "`--preset laptop`",
-    "preset-stages": "`--preset laptop`, batches of 50, a loss after each stage",
+    "preset-stages": "`--preset laptop`, a loss after each stage",
 }
 SUMMARY_METHODS = ("preset", "simclr", "supervised")  # in the table of the README
 SPEED_FILES = ("benchmarks/speed.py", "benchmarks/baseline.py")

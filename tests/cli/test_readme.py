@@ -77,6 +77,11 @@ def test_a_figure_that_is_written_by_hand_names_its_source(name):
     assert [text for text in found if not text.startswith("    linear probe  ")] == []
 
 
+def test_no_file_of_the_method_has_changed_since_the_figures_of_the_readme():
+    made = "".join(tables.TABLES[name]() for name in ("headline", "minutes"))
+    assert common.EARLIER not in made
+
+
 def test_the_demo_of_the_readme_is_that_of_the_results():
     result = json.loads((common.RESULTS_FOLDER / "demo.json").read_text())["trained"]["runs"][0]
     assert result["seed"] == 42
