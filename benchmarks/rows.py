@@ -54,6 +54,8 @@ FINDINGS = {  # name: title, published
     "no-batch-norm": ("without both batch norms", "88.81 (document)"),
     "tanh": ("Tanh for ReLU", "comparable (document)"),
     "sgd": ("SGD for LARS, at its rate of 0.3", "57.97 (document)"),
+    "sgd-0.03": ("SGD at a rate of 0.03", ""),
+    "sgd-0.003": ("SGD at a rate of 0.003", ""),
     "muon": ("Muon for LARS", ""),
     "constant": ("the rate hardly lowered, as in the document's code", ""),
     "frozen": ("projection of another run, frozen", "86.85 to 87.35 (document)"),
@@ -62,7 +64,8 @@ FINDINGS = {  # name: title, published
     "duplicates": ("patches of one image as negatives", "a considerable dip (document)"),
     "no-duplicates": ("as many negatives, all of other images", ""),
     "mean-projection": ("mean projection as embedding", "similar (document)"),
-    "bottleneck": ("the same from a narrow layer", "84 (document)"),
+    "mean-projection-longer": ("the same, four epochs", ""),
+    "bottleneck": ("mean projection from a narrow layer", "84 (document)"),
     "bottleneck-2": ("the same, 2 patches", "fine too (document)"),
     "mini": (
         "a network of three stages, ResNet-18 without its last",
@@ -106,6 +109,8 @@ CPU = {  # options with a small network, on two cores
     "no-batch-norm": "--no-batch_norm",
     "tanh": "--activation tanh",
     "sgd": "--optimizer sgd",
+    "sgd-0.03": "--optimizer sgd --lr 0.03",
+    "sgd-0.003": "--optimizer sgd --lr 0.003",
     "muon": "--optimizer muon --lr 0.05",
     "constant": "--schedule constant",
     "frozen": "--pretrained_proj {base}",
@@ -113,6 +118,7 @@ CPU = {  # options with a small network, on two cores
     "duplicates": "--bags 2",
     "no-duplicates": "--n_patches 2 --bs 100 --n_epochs 2",
     "mean-projection": f"{VONMISES} --z_dim 1024 --h_dim 512",
+    "mean-projection-longer": f"{VONMISES} --z_dim 1024 --h_dim 512 --n_epochs 4",
     "bottleneck": f"{VONMISES} --z_dim 1024 --h_dim 64",
     "bottleneck-2": f"{VONMISES} --n_patches 2 --z_dim 1024 --h_dim 64",
     "mini": "--arch resnet18-mini",
@@ -129,7 +135,7 @@ VERDICTS = {  # of CPU; as good: within two points
     "bottleneck-2": "as good with 2 patches: yes, but both are near the untrained encoder",
     "mini": "better than two stages, the base: not seen, one seed",
 }
-TWO_SEEDS = ("base", "untrained", "muon", "three-quarters")  # in CPU
+TWO_SEEDS = ("base", "untrained", "tanh", "muon", "frozen", "three-quarters", "mini")  # in CPU
 PAPERS = (  # with the same network
     "--optimizer lars --lr 0.3 --uniformity_loss tcr --invariance_loss_weight 200 "
     "--emb_pool features --pool_grid 1 --no-standardize"
