@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.common import RESULTS_FOLDER, ROOT, version_text
 from benchmarks.lab import LEFT_OUT, N_QUERIES
 from benchmarks.peers import COMPARED_METHODS, N_FIT, N_SCORED
-from benchmarks.peers_methods import METHODS, PRESET_TRY, label
+from benchmarks.peers_methods import METHODS, PRESET_TRY, SEARCH, label
 from benchmarks.rows import GROUPS, RUN_BUDGETS, all_options, rows_of
 from benchmarks.speed import CHOICES
 from benchmarks.transfer import DATA_SETS, PRESET_OPTIONS
@@ -62,9 +62,12 @@ def results_of(name):
 
 
 def spread(runs, name):
-    """Return the mean over the seeds, and the least and the greatest; "" if one lacks the value."""
+    """Return the mean over the seeds, and the least and the greatest.
+
+    "" if there are none, or if one lacks the value.
+    """
     values = [run[name] for run in runs if name in run]
-    if len(values) < len(runs):
+    if not runs or len(values) < len(runs):
         return ""
     mean = f"{statistics.mean(values):.1f}%"
     return mean if len(values) == 1 else f"{mean} ({least_and_greatest(runs, name)})"
@@ -230,7 +233,7 @@ def minutes_table():
     methods = peers_by_budget(results)
     shown = {name: methods[name] for name in SUMMARY_METHODS if name in methods}
     budgets = budgets_of(methods)
-    lines = [*method_rows(shown, budgets, top1_cell), kmeans_line(budgets)]
+    lines = [*method_rows(shown, budgets, partial(spread, name="top1")), kmeans_line(budgets)]
     lines.append(lead_row(methods, budgets))
     columns = ["top-1 of the linear probe, by minutes of training", *map(minutes_text, budgets)]
     return markdown([*columns, "commit"], lines)
@@ -326,11 +329,11 @@ def lead_row(methods, budgets):
             for name in ("top1", "knn_top1")
         ]
         cells.append(f"{lead[0]:+.1f}; {lead[1]:+.1f} ({METHODS[best].title})")
-    return ["points by which the preset leads the best of the others: top-1; 20-NN", *cells, ""]
-
-
-def top1_cell(rows):
-    return spread(rows, "top1") if rows else ""
+    return [
+        "points by which the preset leads the best network of another method: top-1; 20-NN",
+        *cells,
+        "",
+    ]
 
 
 def peers_table():
@@ -340,7 +343,8 @@ def peers_table():
     budgets = budgets_of(methods)
     lines = [*method_rows(methods, budgets, probe_and_neighbours), lead_row(methods, budgets)]
     columns = ["top-1 of the linear probe; of 20-NN", *map(minutes_text, budgets), "commit"]
-    beside = [row[:-1] for row in method_rows(methods, budgets, beside_kmeans)]
+    with_kmeans = partial(spread, name="with_kmeans_top1")
+    beside = [row[:-1] for row in method_rows(methods, budgets, with_kmeans)]
     n_seeds = [len(rows) for by_budget in methods.values() for rows in by_budget.values()]
     k, untrained = results["kmeans"], results["untrained"]
     return (
@@ -364,12 +368,10 @@ def search_table():
     if not rows:
         return f"Not measured yet: `python -m benchmarks.{command}`."
     row = rows[0]
-    preset = label(PRESET_TRY)
+    changes = {label(how): f"`{how.settings or f'--lr {how.rate:g}'}`" for how in SEARCH}
+    changes[label(PRESET_TRY)] = "the preset"
     scores = sorted(row["scores"].items(), key=lambda item: -item[1])
-    lines = [
-        ["the preset" if name == preset else f"`{changed(name)}`", f"{score:.1f}%"]
-        for name, score in scores
-    ]
+    lines = [[changes[name], f"{score:.1f}%"] for name, score in scores]
     columns = ["what differs from the preset", "top-1"]
     commit = version_text([row], *PEERS_FILES)
     return (
@@ -380,18 +382,8 @@ def search_table():
     )
 
 
-def changed(text):
-    """Return the label of a Try, "muon 0.1" or "muon 0.05, --bs 25", as options of the program."""
-    optimizer, _, options = text.partition(", ")
-    return options or f"--lr {optimizer.split()[1]}"
-
-
 def probe_and_neighbours(rows):
     return f"{spread(rows, 'top1')}; {mean_of(rows, 'knn_top1'):.1f}%" if rows else ""
-
-
-def beside_kmeans(rows):
-    return spread(rows, "with_kmeans_top1") if rows else ""
 
 
 def transfer_entries():

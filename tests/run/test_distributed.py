@@ -90,11 +90,11 @@ def test_two_processes_train_encode_and_report_once_and_one_goes_on(tiny, finish
     assert resume(tmp_path / RUN).code == 0
     assert contents(tmp_path / RUN) == ours  # nothing was left to do
     paths = [tmp_path / RUN / "artifacts" / f"{split}.pt" for split in ("train", "test")]
-    by_two = [files.read_pt(path) for path in paths]
+    of_two = [files.read_pt(path) for path in paths]
     for path in paths:
         path.unlink()
     assert resume(tmp_path / RUN).code == 0
-    for path, two in zip(paths, by_two, strict=True):
+    for path, two in zip(paths, of_two, strict=True):
         one = files.read_pt(path)
         torch.testing.assert_close(two["embeddings"], one["embeddings"])
         assert two["labels"].tolist() == one["labels"].tolist()
