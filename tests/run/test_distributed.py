@@ -136,9 +136,9 @@ def test_all_processes_on_one_gpu_are_refused(monkeypatch):
 
 
 def test_bs_must_be_shared_evenly(tiny, tmp_path):
-    done = launched(3, *tiny, "--log_folder", tmp_path / "logs")
+    done = launched(2, *tiny, "--bs", "5", "--log_folder", tmp_path / "logs")
     assert done.returncode != 0
-    assert done.stderr.count("error: bs 4 must be a multiple of the 3 processes") == 1
+    assert done.stderr.count("error: bs 5 must be a multiple of the 2 processes") == 1
     assert not (tmp_path / "logs").exists()
 
 
