@@ -66,11 +66,10 @@ def spread(runs, name):
 
     "" if there are none, or if one lacks the value.
     """
-    values = [run[name] for run in runs if name in run]
-    if not runs or len(values) < len(runs):
+    if not runs or any(name not in run for run in runs):
         return ""
-    mean = f"{statistics.mean(values):.1f}%"
-    return mean if len(values) == 1 else f"{mean} ({least_and_greatest(runs, name)})"
+    mean = f"{mean_of(runs, name):.1f}%"
+    return mean if len(runs) == 1 else f"{mean} ({least_and_greatest(runs, name)})"
 
 
 def least_and_greatest(runs, name):
@@ -368,10 +367,11 @@ def search_table():
     if not rows:
         return f"Not measured yet: `python -m benchmarks.{command}`."
     row = rows[0]
-    changes = {label(how): f"`{how.settings or f'--lr {how.rate:g}'}`" for how in SEARCH}
-    changes[label(PRESET_TRY)] = "the preset"
+    options = {label(how): how.settings or f"--lr {how.rate:g}" for how in SEARCH}
+    titles = {name: f"`{text}`" for name, text in options.items()}
+    titles[label(PRESET_TRY)] = "the preset"
     scores = sorted(row["scores"].items(), key=lambda item: -item[1])
-    lines = [[changes[name], f"{score:.1f}%"] for name, score in scores]
+    lines = [[titles[name], f"{score:.1f}%"] for name, score in scores]
     columns = ["what differs from the preset", "top-1"]
     commit = version_text([row], *PEERS_FILES)
     return (
@@ -406,7 +406,8 @@ def transfer_table():
         entries = [results.get(f"{source} to {target}") for target in DATA_SETS]
         measured = [entry for entry in entries if entry]
         if measured:
-            commit = version_text(measured, *([KMEANS_FILE] if source == "kmeans" else []))
+            others = [KMEANS_FILE] if source == "kmeans" else []
+            commit = version_text(measured, *others)
             rows.append([title, *map(transfer_cell, entries), commit])
             there += measured
     if not rows:

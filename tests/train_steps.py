@@ -1,10 +1,9 @@
 """A step of training in one process or several: what test_distributed.py compares.
 
-torchrun runs this file: python -m tests.train_steps PATH OPTIONS OPTIONS ...
+torchrun runs this file, with arguments PATH OPTIONS OPTIONS ...: it writes {OPTIONS: what
+train_one_step returns} to PATH.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from optimizers import build_optimizer
 from train import build_step
 from weights import new_encoder
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SMALL = (
     "--arch resnet18-tiny --h_dim 64 --z_dim 16 --n_patches 4 --bs 16 --optimizer sgd --lr 1e-9 "
@@ -40,18 +38,6 @@ def train_one_step(options):
     metrics = step(distributed.shard(images), generator(0, "patches"))
     gradients = {name: p.grad for name, p in encoder.named_parameters()}
     return {"metrics": metrics, "gradients": gradients}
-
-
-def by_processes(n, path, steps):
-    """Return {options: what train_one_step returns} of n processes, for each of the steps.
-
-    They write it to path.
-    """
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-    command = [sys.executable, *launch, "-m", "tests.train_steps", str(path), *steps]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, cwd=ROOT, env=env)
-    return files.read_pt(path)
 
 
 def difference(a, b):
