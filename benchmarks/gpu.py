@@ -28,9 +28,9 @@ from main import main as run_program
 from train import build_step
 
 WHOLE = {"archs": ("resnet18-cifar", "resnet18-imagenet"), "bs": 32, "matrix": 8192, "sizes": {}}
-QUICK = {"archs": ("resnet18-tiny",), "bs": 8, "matrix": 256, "sizes": {"P": 2, "B": 8}}
+QUICK = {"archs": ("resnet10-tiny",), "bs": 8, "matrix": 256, "sizes": {"P": 2, "B": 8}}
 QUICK_RUN = (
-    "--arch resnet18-tiny --h_dim 32 --z_dim 16 --input_size 16 --bs 10 --n_images 20 "
+    "--arch resnet10-tiny --h_dim 32 --z_dim 16 --input_size 16 --bs 10 --n_images 20 "
     "--n_patches 2 --n_epochs 1 --n_eval_epochs 2 --test_patches 1 --pool_grid 1"
 )
 # About ten times what float32 differs from float64 on a CPU, relative to the norm.

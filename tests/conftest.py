@@ -14,7 +14,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--runs",
         type=int,
-        default=10,
+        default=6,
         help="kills of test_chaos.py, and a third of the rounds of test_campaign.py",
     )
     parser.addoption("--slow", action="store_true", help="the tests that are marked slow too")
@@ -53,7 +53,7 @@ def images(tmp_path_factory):
 def tiny(images):
     """The arguments of a run of twelve steps, about a second, with a checkpoint at each step."""
     return (
-        "train --dataset folder --image_size 16 --arch resnet18-tiny --h_dim 8 --z_dim 4 "
+        "train --dataset folder --image_size 16 --arch resnet10-tiny --h_dim 8 --z_dim 4 "
         "--n_patches 2 --bs 4 --n_epochs 2 --n_eval_epochs 3 --print_freq 4 --checkpoint_every 0 "
         "--device cpu --precision fp32"
     ).split() + ["--data_dir", str(images)]

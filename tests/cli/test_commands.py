@@ -34,10 +34,10 @@ from infra.lock import locked
 from model import Encoder
 
 
-def test_a_preset_is_ordinary_hyperparameters(finished, tmp_path):
+def test_a_preset_is_ordinary_hyperparameters(finished, images, tmp_path):
     command = ["train", "--preset", "laptop", "--log_folder", tmp_path]
     assert refused(run(*command, "--config_from", finished), 2, "exclude each other")
-    given = dict(dataset="textures", n_epochs=0, n_eval_epochs=1, n_images=100, test_patches=16)
+    given = dict(dataset="folder", data_dir=str(images), n_epochs=0, n_eval_epochs=1, bs=8)
     options = [text for name, value in given.items() for text in (f"--{name}", value)]
     result = run(*command, *options)
     assert result.code == 0, result.err
@@ -280,7 +280,7 @@ def test_a_dry_run_prints_its_plan_and_writes_nothing(tiny, images, tmp_path):
     result = run(*tiny, "--dry_run", "--log_folder", tmp_path / "logs")
     assert (result.code, result.err) == (0, "")
     assert yaml.safe_load(result.out.split("* ")[0])["params"]["bs"] == 4
-    n = sum(p.numel() for p in Encoder("resnet18-tiny", 8, 4).parameters())
+    n = sum(p.numel() for p in Encoder("resnet10-tiny", 8, 4).parameters())
     assert f"* Parameters: {n / 1e6:.2f} million" in result.out
     assert "12 steps of 8 patches" in result.out
     assert re.search(r"\* Memory: about \d", result.out)

@@ -67,7 +67,7 @@ def test_wrong_values_of_options(options, words, tmp_path):
         ("lr: 0.3", "lr: '0.3'", ["lr", "'0.3'"]),
         ("lr: 0.3", "lr: .nan", ["lr", "nan"]),
         ("batch_norm: true", "batch_norm: 1", ["batch_norm must be true or false"]),
-        ("arch: resnet18-tiny", "arch: resnet50", ["arch", "resnet18-cifar", "resnet50"]),
+        ("arch: resnet10-tiny", "arch: resnet50", ["arch", "resnet18-cifar", "resnet50"]),
         ("data_dir: [^\n]*", r'data_dir: "a\0b"', ["data_dir must be text"]),
         ("data_dir: [^\n]*", r'data_dir: "\uD800"', []),
         ("bs: 4", "bs: [4", ["is not YAML"]),
@@ -117,7 +117,7 @@ def test_a_checkpoint_of_another_arch(copy):
     content = files.read_pt(last)
     files.write_pt(last, {**content, "hparams": {**content["hparams"], "arch": "resnet18-mini"}})
     before = fingerprints(copy)
-    assert refused(resume(copy), 2, "arch", "resnet18-mini", "resnet18-tiny", "--exp_name")
+    assert refused(resume(copy), 2, "arch", "resnet18-mini", "resnet10-tiny", "--exp_name")
     assert fingerprints(copy) == before
 
 

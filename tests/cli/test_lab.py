@@ -10,7 +10,7 @@ from benchmarks import lab
 from infra import files
 
 SETTINGS = (
-    "--image_size 16 --arch resnet18-tiny --h_dim 8 --z_dim 4 --n_patches 2 --bs 4 --n_epochs 0.5 "
+    "--image_size 16 --arch resnet10-tiny --h_dim 8 --z_dim 4 --n_patches 2 --bs 4 --n_epochs 0.5 "
     "--n_eval_epochs 2 --device cpu --precision fp32"
 )
 

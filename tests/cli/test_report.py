@@ -254,8 +254,8 @@ def test_copies_of_training_images_among_the_test_images_are_counted(tiny, tmp_p
     with Image.open(root / "train" / "a" / "07.png") as original:
         darker = original.point(lambda value: int(0.97 * value))
     darker.save(root / "test" / "b" / "03.bmp")
-    options = ["--data_dir", root, *"--n_epochs 0 --emb_pool backbone --test_patches 16".split()]
-    options += ["--log_folder", tmp_path]
+    options = "--arch resnet18-tiny --n_epochs 0 --emb_pool backbone --test_patches 16".split()
+    options += ["--data_dir", root, "--log_folder", tmp_path]
     for _ in range(2):
         result = run(*tiny, *options)
         line = "leaks            2 of 9 test images are copies of training images, or nearly so; 1 "

@@ -19,7 +19,7 @@ RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 @pytest.fixture
 def options(images, tmp_path, monkeypatch):
-    tiny = "--image_size 16 --arch resnet18-tiny --h_dim 8 --z_dim 4 --n_patches 2 --bs 4"
+    tiny = "--image_size 16 --arch resnet10-tiny --h_dim 8 --z_dim 4 --n_patches 2 --bs 4"
     monkeypatch.setitem(rows.GROUPS, "findings-cpu", f"{tiny} --n_epochs 1 --n_eval_epochs 3")
     data = {"dataset": "folder", "data_dir": str(images), "log_folder": str(tmp_path / "logs")}
     return SimpleNamespace(seeds=2, disturbed=False, out=tmp_path, **data)

@@ -5,12 +5,12 @@ import json
 import pytest
 from helpers import write_images
 
-from benchmarks import common, tables, transfer
+from benchmarks import common, kmeans, tables, transfer
 from benchmarks.common import run_of
 from infra import files
 
 SETTINGS = (
-    "--image_size 16 --arch resnet18-tiny --emb_pool blocks --h_dim 8 --z_dim 4 --n_patches 2 "
+    "--image_size 16 --arch resnet10-tiny --emb_pool blocks --h_dim 8 --z_dim 4 --n_patches 2 "
     "--bs 4 --n_epochs 1 --n_eval_epochs 2 --device cpu --precision fp32"
 )
 
@@ -19,6 +19,7 @@ SETTINGS = (
 def words(tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "SHARES", {0.5: 2})
     monkeypatch.setattr(transfer, "N_CENTROIDS", 5)
+    monkeypatch.setattr(kmeans, "N_PATCHES", 5000)
     seed = 0
     for name in transfer.DATA_SETS:
         for split, n in (("train", 10), ("test", 6)):

@@ -56,8 +56,9 @@ def test_features_are_those_of_a_loop_over_the_patches(dtype, tolerance):
         assert error < tolerance
 
 
-def test_the_command_learns_and_keeps_its_rows(images, tmp_path):
+def test_the_command_learns_and_keeps_its_rows(images, tmp_path, monkeypatch):
     """Of two classes that differ by the direction of their stripes; a second run adds a row."""
+    monkeypatch.setattr(kmeans, "N_PATCHES", 5000)
     for _ in range(2):
         words = ["--data_dir", images, "--n_centroids", 8, "--n_eval_epochs", 20, "--out", tmp_path]
         kmeans.main(map(str, words))

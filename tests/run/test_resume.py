@@ -167,7 +167,7 @@ def test_more_epochs_train_on_from_the_last_checkpoint(copy):
     [
         ({"h_dim": 16}, ("h_dim is 16", "h_dim 8", "--exp_name")),
         ({"z_dim": 5}, ("z_dim is 5", "z_dim 4")),
-        ({"arch": "resnet18-mini"}, ("resnet18-mini", "resnet18-tiny")),
+        ({"arch": "resnet18-mini"}, ("resnet18-mini", "resnet10-tiny")),
         ({"dataset": "textures", "image_size": 32}, ("dataset is textures", "dataset folder")),
         ({"seed": 1}, ("seed is 1", "seed 42")),
         ({"lr": 0.2}, ("lr is 0.2", "lr 0.3", "no effect")),

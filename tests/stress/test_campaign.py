@@ -24,7 +24,7 @@ from infra import files
 from infra.errors import UsageError
 
 SETTINGS = (
-    "--dataset folder --image_size 16 --arch resnet18-tiny --h_dim 8 --z_dim 4 --n_patches 2 "
+    "--dataset folder --image_size 16 --arch resnet10-tiny --h_dim 8 --z_dim 4 --n_patches 2 "
     "--bs 8 --n_epochs 2 --n_eval_epochs 3 --emb_pool proj --eval_lr 1 --print_freq 4 "
     "--device cpu --precision fp32"
 ).split()

@@ -20,7 +20,7 @@ def memory_and_files(pid):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_and_open_files_stay_flat_and_each_line_of_metrics_is_whole(tmp_path):
     command = (
-        "train --dataset textures --n_images 4000 --input_size 8 --arch resnet18-tiny --h_dim 8 "
+        "train --dataset textures --n_images 4000 --input_size 8 --arch resnet10-tiny --h_dim 8 "
         "--z_dim 4 --n_patches 2 --bs 2 --n_epochs 1 --n_eval_epochs 1 --print_freq 10 "
         "--checkpoint_every 1 --device cpu --precision fp32 --exp_name soak --log_folder"
     ).split()
