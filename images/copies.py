@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from images.cache import ImageFile, digest_of
+from infra.components import principal_axes
 from infra.device import generator
 
 MOST_SEARCHED = 10_000  # test images whose near copies are searched: among 50,000 it takes seconds
@@ -83,7 +84,7 @@ def nearest_rows(x, others, k, device="cpu"):
     """
     queries, keys = x, others
     if len(x) * len(others) > MANY_PAIRS:
-        axes = principal_axes(others)
+        axes = axes_of_sample(others)
         queries, keys = (F.normalize(e @ axes, dim=1) for e in (x, others))
     keys = keys.to(device)
     cosines, rows = [], []
@@ -96,10 +97,10 @@ def nearest_rows(x, others, k, device="cpu"):
     return torch.cat(cosines), torch.cat(rows)
 
 
-def principal_axes(x):
-    """Return the first principal axes of some rows of x (N, d): (d, k), k at most N_COMPONENTS."""
-    some = torch.randperm(len(x), generator=generator(0, "components"))[:1000]
-    return torch.linalg.svd(x[some], full_matrices=False).Vh[:N_COMPONENTS].T
+def axes_of_sample(x):
+    """Return N_COMPONENTS principal axes of 1,000 random rows of x (N, d): (d, at most as many)."""
+    sample = x[torch.randperm(len(x), generator=generator(0, "components"))[:1000]]
+    return principal_axes(sample, N_COMPONENTS)
 
 
 def alike(pairs, images, others):

@@ -18,6 +18,7 @@ import torchvision
 from PIL import Image
 
 from infra import files
+from infra.components import principal_axes
 from infra.console import PLAIN, log
 from infra.distributed import WORLD_SIZE, on_main_process
 
@@ -300,11 +301,10 @@ class Board:
         if not self.writer:
             return
         x = embeddings - embeddings.mean(0)
-        components = torch.linalg.svd(x, full_matrices=False).Vh[:n_dims]
         sprites = F.interpolate(
             images.float() / 255, size=(32, 32), mode="bilinear", antialias=True
         )
         (self.folder / "projector_config.pbtxt").unlink(
             missing_ok=True
         )  # add_embedding appends to it
-        self.writer.add_embedding(x @ components.T, names, sprites, tag=split)
+        self.writer.add_embedding(x @ principal_axes(x, n_dims), names, sprites, tag=split)

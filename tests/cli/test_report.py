@@ -32,6 +32,7 @@ import main
 from evaluate import confusion_matrix
 from images import copies
 from infra import files
+from infra.components import principal_axes
 from tools.report import explore, gallery, page
 from tools.report.collection import Collection
 from tools.report.figures import map_of, tsne
@@ -388,6 +389,20 @@ def test_images_without_labels_and_a_name_that_is_html(tiny, tmp_path):
     # Each image is in its cluster, and among the six of the last list.
     first = sorted(path.name for path in heap.iterdir())[0]
     assert sum(image["alt"] == first for image in page.images) >= 2
+
+
+def test_principal_axes_hold_as_much_as_the_exact_ones():
+    """The global generator is left alone."""
+    random = torch.manual_seed(0)
+    x = torch.randn(300, 900, generator=random) * torch.arange(1, 901) ** -0.5
+    x -= x.mean(0)
+    before = torch.get_rng_state()
+    axes = principal_axes(x, 20)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(axes.T @ axes, torch.eye(20))
+    exact = torch.linalg.svd(x, full_matrices=False).Vh[:20].T
+    assert (x @ axes).norm() > 0.99 * (x @ exact).norm()
+    assert principal_axes(x[:5], 20).shape == (900, 5)
 
 
 @pytest.mark.parametrize("many", [10**8, 1000])

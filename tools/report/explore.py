@@ -14,10 +14,10 @@ from images.copies import (
     LIKE_PIXELS,
     N_COMPONENTS,
     alike,
+    axes_of_sample,
     centred,
     nearest_rows,
     outlines,
-    principal_axes,
 )
 from infra import files
 from infra.console import log
@@ -66,7 +66,7 @@ def clusters_of(x, k):
     from sklearn.cluster import KMeans
 
     k = min(k, len(x))
-    few = x @ principal_axes(x) if x.shape[1] > N_COMPONENTS else x
+    few = x @ axes_of_sample(x) if x.shape[1] > N_COMPONENTS else x
     labels = KMeans(k, n_init=1, random_state=0).fit_predict(few.numpy())
     labels = torch.from_numpy(labels).long()
     centres = F.normalize(torch.zeros(k, x.shape[1]).index_add_(0, labels, x), dim=1)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from data import balanced_subset
+from infra.components import principal_axes
 from infra.device import generator
 from tools.report.gallery import COLUMNS, Picture, data_uri, sprite_sheet
 
@@ -102,8 +103,7 @@ def tsne(x):
 
     x = F.normalize(x, dim=1)
     x = x - x.mean(0)
-    components = torch.linalg.svd(x, full_matrices=False).Vh[:50]
-    x = x @ components.T
+    x = x @ principal_axes(x, 50)
     perplexity = min(30, max(1, (len(x) - 1) / 3))
     # scikit-learn crashes on equal embeddings, which have no components.
     init = "pca" if len(x) > 4 and x.std() > 0 else "random"
