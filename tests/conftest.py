@@ -14,7 +14,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--runs",
         type=int,
-        default=6,
+        default=10,
         help="kills of test_chaos.py, and a third of the rounds of test_campaign.py",
     )
     parser.addoption("--slow", action="store_true", help="the tests that are marked slow too")

@@ -34,10 +34,10 @@ from infra.lock import locked
 from model import Encoder
 
 
-def test_a_preset_is_ordinary_hyperparameters(finished, images, tmp_path):
+def test_a_preset_is_ordinary_hyperparameters(finished, tmp_path):
     command = ["train", "--preset", "laptop", "--log_folder", tmp_path]
     assert refused(run(*command, "--config_from", finished), 2, "exclude each other")
-    given = dict(dataset="folder", data_dir=str(images), n_epochs=0, n_eval_epochs=1, bs=8)
+    given = dict(dataset="textures", n_epochs=0, n_eval_epochs=1, n_images=100, test_patches=16)
     options = [text for name, value in given.items() for text in (f"--{name}", value)]
     result = run(*command, *options)
     assert result.code == 0, result.err

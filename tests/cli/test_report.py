@@ -255,7 +255,7 @@ def test_copies_of_training_images_among_the_test_images_are_counted(tiny, tmp_p
     with Image.open(root / "train" / "a" / "07.png") as original:
         darker = original.point(lambda value: int(0.97 * value))
     darker.save(root / "test" / "b" / "03.bmp")
-    # Untrained, resnet10-tiny tells the darker image from its original.
+    # To an untrained resnet10-tiny the darker image is not like its original.
     options = "--arch resnet18-tiny --n_epochs 0 --emb_pool backbone --test_patches 16".split()
     options += ["--data_dir", root, "--log_folder", tmp_path]
     for _ in range(2):

@@ -97,7 +97,7 @@ def test_the_covariance_of_vicreg_is_lightlys():
 
 
 def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys):
-    few = textures(40)  # 100 images
+    few = textures(25)  # 160 images
     kmeans = {}, [F.one_hot(few.labels, 10).repeat(1, 99)] * 2  # which give the labels away
     monkeypatch.setattr(peers, "kmeans_row", lambda *_: kmeans)
     monkeypatch.setattr(peers, "untrained_entry", lambda *_: {})
@@ -127,8 +127,7 @@ def test_a_row_takes_the_best_try_and_is_run_once(tmp_path, monkeypatch, capsys)
     n_runs = len(list((tmp_path / "logs").glob("*steps*")))
     assert list(long["scores"]) == [chosen] and n_runs == 2 + 3
     assert short["size"] in (12, 16) and rows["preset", 40]["size"] == 16
-    # Measured: 93.0 against 80.0.
-    assert rows["preset", 40]["with_kmeans_top1"] > max(90, rows["preset", 40]["top1"])
+    assert rows["preset", 40]["with_kmeans_top1"] > max(95, rows["preset", 40]["top1"])
     capsys.readouterr()
     peers.main(argv)
     assert path.read_text() == text and not capsys.readouterr().out
