@@ -34,7 +34,7 @@ from infra import files
 from infra.device import configure, generator, peak_memory, pick_precision
 from lars import LARS
 from loss import invariance_loss, tcr_loss, vonmises_loss
-from model import Encoder
+from model import Conv3x3, Encoder
 from optimizers import build_optimizer
 from patches import Views, sample_patches
 from train import build_step
@@ -242,9 +242,10 @@ def time_choice(device, name):
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # else only the first process compiles
     if "one thread" in otherwise:
         torch.set_num_threads(1)
-    network = baseline.Encoder if "torch's convolutions" in otherwise else Encoder
+    if "torch's convolutions" in otherwise:
+        Conv3x3.forward = torch.nn.Conv2d.forward
     layout = torch.contiguous_format if "channels first" in otherwise else torch.channels_last
-    encoder = network("resnet18-imagenet").to(s.device, memory_format=layout).train()
+    encoder = Encoder("resnet18-imagenet").to(s.device, memory_format=layout).train()
     compiled = torch.compile(encoder) if "compile" in otherwise else encoder
     bf16 = s.bf16 and "fp32" not in otherwise
     images = s.images(s.B)

@@ -401,27 +401,36 @@ def transfer_table():
         "untrained": "the encoder untrained",
         "kmeans": "k-means features, learned on the same images",
     }
-    rows, there = [], []
+    rows, there, n_seeds = [], [], []
     for source, title in sources.items():
-        entries = [results.get(f"{source} to {target}") for target in DATA_SETS]
-        measured = [entry for entry in entries if entry]
+        names = [f"{source} to {target}" for target in DATA_SETS]
+        cells = [entries_named(results, name) for name in names]
+        n_seeds += [len(entries) for entries in cells if entries]
+        measured = [entry for entries in cells for entry in entries]
         if measured:
             others = [KMEANS_FILE] if source == "kmeans" else []
             commit = version_text(measured, *others)
-            rows.append([title, *map(transfer_cell, entries), commit])
+            rows.append([title, *map(transfer_cell, cells), commit])
             there += measured
     if not rows:
         return f"Not measured yet: `python -m benchmarks.{TRANSFER_COMMAND}`."
     return (
         f"{markdown(['', 'on CIFAR-10', 'on CIFAR-100', 'commit'], rows)}\n\n"
-        f"Top-1 of a linear probe with all labels; of 20-NN. All test images, one seed. "
+        f"Top-1 of a linear probe with all labels; of 20-NN. All test images, "
+        f"{seeds_text(n_seeds)}. "
         f"{measured_by(TRANSFER_COMMAND, [entry['machine'] for entry in there])}"
     )
 
 
-def transfer_cell(entry):
-    values = [entry[name] for name in ("top1", "knn_top1") if name in entry] if entry else []
-    return "; ".join(f"{value:.1f}%" for value in values)
+def entries_named(results, name):
+    """Return the entries of a name, one for each seed."""
+    return [entry for key, entry in results.items() if key.split(",")[0] == name]
+
+
+def transfer_cell(entries):
+    """Return the linear probe and 20-NN, which k-means features do not have."""
+    values = [spread(entries, name) for name in ("top1", "knn_top1")]
+    return "; ".join(value for value in values if value)
 
 
 def labels_table():

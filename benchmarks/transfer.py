@@ -2,12 +2,12 @@
 
     python -m benchmarks.transfer --cifar10 DIR --cifar100 DIR --log_folder logs/transfer
 
-Each DIR has images in train/<class>/ and test/<class>/. Trains --preset laptop on both data sets
-and probes each encoder on both, beside an untrained encoder and k-means features. Then fine-tunes
-the encoder of CIFAR-10 with a part of the labels, beside its linear probe and the same network
-trained from scratch for as many steps. Each result is an entry of benchmarks/results/transfer.json.
-What is there is not done again; a training that was stopped goes on. The commit of an entry is that
-of the program that wrote it.
+Each DIR has images in train/<class>/ and test/<class>/. Trains --preset laptop on both data sets,
+with three seeds, and probes each encoder on both, beside an untrained encoder and k-means features.
+Then fine-tunes the encoder of CIFAR-10 with a part of the labels, beside its linear probe and the
+same network trained from scratch for as many steps. Each result is an entry of
+benchmarks/results/transfer.json. What is there is not done again; a training that was stopped goes
+on. The commit of an entry is that of the program that wrote it.
 """
 
 import shlex
@@ -28,24 +28,32 @@ from infra.device import configure
 from main import main as run_program
 
 DATA_SETS = ("cifar10", "cifar100")
-SOURCES = (*DATA_SETS, "untrained")
+FIRST_SEED = 42
+SEEDS = {"cifar10": (42, 43, 44), "cifar100": (42, 43, 44), "untrained": (42,)}  # by source
 PRESET_OPTIONS = "--preset laptop"
 SHARES = {0.01: 100, 0.1: 20, 1.0: 5}  # of the labels: epochs of fine-tuning
 
 
-def probe_entry(options, source, target):
-    """Return the accuracies on `target` of the encoder that is trained on `source`.
+def exp_name_of(source, seed):
+    return source if seed == FIRST_SEED else f"{source}-{seed}"
+
+
+def probe_entry(options, source, target, seed):
+    """Return the accuracies on `target` of the encoder that is trained on `source` with a seed.
 
     Exits if the training diverges.
     """
-    name = source if source == target else f"{source}-to-{target}"
-    argv = ["train", "--exp_name", name, "--log_folder", str(options.log_folder), "--seed", "42"]
-    argv += ["--dataset", "folder", "--data_dir", str(getattr(options, target))]
+    pair = source if source == target else f"{source}-to-{target}"
+    name = exp_name_of(pair, seed)
+    data_dir = str(getattr(options, target))
+    argv = ["train", "--exp_name", name, "--log_folder", str(options.log_folder)]
+    argv += ["--seed", str(seed), "--dataset", "folder", "--data_dir", data_dir]
     argv += shlex.split(options.settings)
     if source != target:
         argv += ["--n_epochs", "0"]
     if source not in (target, "untrained"):
-        argv += ["--weights", str(run_of(options.log_folder, source).last)]
+        trained = run_of(options.log_folder, exp_name_of(source, seed))
+        argv += ["--weights", str(trained.last)]
     result = run_train(argv)
     if "failed" in result:
         sys.exit(f"{name}: {result['failed']}")
@@ -56,7 +64,7 @@ def kmeans_entry(options, target):
     """Return the accuracy of k-means features that are learned on `target`."""
     images = [load_images("folder", getattr(options, target), train) for train in (True, False)]
     n_epochs = PRESETS["laptop"]["n_eval_epochs"]
-    return kmeans_row(*images, N_CENTROIDS, n_epochs, seed=42)[0]
+    return kmeans_row(*images, N_CENTROIDS, n_epochs, FIRST_SEED)[0]
 
 
 def labels_entry(options, share):
@@ -74,11 +82,17 @@ def labels_entry(options, share):
     return {**about, **top1}
 
 
+def entry_name(source, target, seed=FIRST_SEED):
+    return f"{source} to {target}" + ("" if seed == FIRST_SEED else f", seed {seed}")
+
+
 def entries_of(options):
     """Yield the name of each entry of the results, and the function that returns it."""
-    for source in SOURCES:
+    for source, seeds in SEEDS.items():
         for target in sorted(DATA_SETS, key=lambda name: name != source):  # its own images first
-            yield f"{source} to {target}", partial(probe_entry, options, source, target)
+            for seed in seeds:
+                name = entry_name(source, target, seed)
+                yield name, partial(probe_entry, options, source, target, seed)
     for target in DATA_SETS:
         yield f"kmeans to {target}", partial(kmeans_entry, options, target)
     for share in SHARES:

@@ -18,6 +18,9 @@ SETTINGS = (
 @pytest.fixture
 def words(tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "SHARES", {0.5: 2})
+    monkeypatch.setattr(
+        transfer, "SEEDS", {"cifar10": (42, 43), "cifar100": (42,), "untrained": (42,)}
+    )
     monkeypatch.setattr(transfer, "N_CENTROIDS", 5)
     monkeypatch.setattr(kmeans, "N_PATCHES", 5000)
     seed = 0
@@ -34,22 +37,26 @@ def test_each_result_is_of_the_run_that_it_names_and_is_done_once(words, tmp_pat
     transfer.main(words)
     text = (tmp_path / "transfer.json").read_text()
     results = json.loads(text)
-    names = [f"{source} to {name}" for source in transfer.SOURCES for name in transfer.DATA_SETS]
+    names = [f"{source} to {name}" for source in transfer.SEEDS for name in transfer.DATA_SETS]
     names += [f"kmeans to {name}" for name in transfer.DATA_SETS]
+    names += [f"cifar10 to {name}, seed 43" for name in transfer.DATA_SETS]
     assert results.keys() == {*names, "labels 0.5"}
-    for source, target, exp_name in (
-        ("cifar10", "cifar10", "cifar10"),
-        ("cifar10", "cifar100", "cifar10-to-cifar100"),
-        ("cifar100", "cifar10", "cifar100-to-cifar10"),
-        ("untrained", "cifar100", "untrained-to-cifar100"),
+    for source, target, seed, exp_name in (
+        ("cifar10", "cifar10", 42, "cifar10"),
+        ("cifar10", "cifar100", 43, "cifar10-to-cifar100-43"),
+        ("cifar100", "cifar10", 42, "cifar100-to-cifar10"),
+        ("untrained", "cifar100", 42, "untrained-to-cifar100"),
     ):
         run = run_of(tmp_path, exp_name)
         hp = run.read_hparams()
         assert hp.data_dir == str(tmp_path / target)
         is_other = source not in (target, "untrained")
-        assert hp.weights == (str(run_of(tmp_path, source).last) if is_other else None)
+        trained = source if seed == 42 else f"{source}-{seed}"
+        assert hp.weights == (str(run_of(tmp_path, trained).last) if is_other else None)
+        assert hp.seed == seed
         assert hp.n_epochs == float(source == target)
-        assert results[f"{source} to {target}"]["top1"] == run.read_result()["top1"]
+        name = transfer.entry_name(source, target, seed)
+        assert results[name]["top1"] == run.read_result()["top1"]
     assert results["kmeans to cifar100"]["n_images"] == 20
     assert results["kmeans to cifar100"]["n_centroids"] == 5
     (path,) = run_of(tmp_path, "cifar10").finetune.glob("*/result.json")
@@ -84,6 +91,7 @@ def test_the_tables_of_transfer_and_labels(tmp_path, monkeypatch):
     entries = {
         "cifar10 to cifar10": {"top1": 81.04, "knn_top1": 72.0},
         "cifar10 to cifar100": {"top1": 50.0, "knn_top1": 41.0},
+        "cifar10 to cifar100, seed 43": {"top1": 52.0, "knn_top1": 43.0},
         "cifar100 to cifar10": {"top1": 78.0, "knn_top1": 69.0, "settings": "--lr 1"},
         "kmeans to cifar100": {"top1": 45.0},
         "labels 0.01": {
@@ -98,8 +106,9 @@ def test_the_tables_of_transfer_and_labels(tmp_path, monkeypatch):
     files.write_json(tmp_path / "transfer.json", entries)
     head, _, *rows = tables.transfer_table().split("\n\n")[0].splitlines()
     assert head == "|  | on CIFAR-10 | on CIFAR-100 | commit |"
+    two_seeds = "51.0% (50.0 to 52.0); 42.0% (41.0 to 43.0)"
     assert rows == [
-        "| --preset laptop, trained on CIFAR-10 | 81.0%; 72.0% | 50.0%; 41.0% | 0000000\u2021 |",
+        f"| --preset laptop, trained on CIFAR-10 | 81.0%; 72.0% | {two_seeds} | 0000000\u2021 |",
         "| k-means features, learned on the same images |  | 45.0% | 0000000\u2021 |",
     ]
     assert "| 5,000 | 60.0% | 59.0% | 30.0% | 7 | 0000000\u2021 |" in tables.labels_table()
