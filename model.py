@@ -227,7 +227,7 @@ class Conv3x3(nn.Conv2d):
 
     Every output pixel then depends on all input pixels; the other kernel entries see padding only.
     The last two stages of the ImageNet variants see so few pixels of a 32x32 patch, and oneDNN's
-    gradients are slow for them: with torch's own convolution a training step takes 1.5x as long
+    gradients are slow for them: with torch's own convolution a training step takes 1.2x as long
     (benchmarks/results/choices-cpu.json).
     """
 

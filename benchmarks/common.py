@@ -1,6 +1,7 @@
 """What the benchmarks share: the folder of results, and the version and machine of a figure."""
 
 import argparse
+import ast
 import functools
 import json
 import subprocess
@@ -14,7 +15,7 @@ from infra.metrics import environment, git_commit
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS_FOLDER = ROOT / "benchmarks" / "results"
 BASELINE_LIKE = "--eval_lr 0.0075 --eval_views augmented"  # how the baseline evaluates
-# The files of the method. When one of them changes, the figures so far are of an earlier version.
+# The files of the method. When the code of one changes, the figures are of an earlier version.
 METHOD = (
     "main.py hparams.py data.py images/cache.py images/textures.py patches.py model.py weights.py "
     "loss.py lars.py optimizers.py train.py encode.py evaluate.py infra/device.py"
@@ -55,14 +56,41 @@ def child(*arguments):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def has_changed(commit, files=METHOD):
-    """Return whether files differ from those of a commit; None if git does not know the commit."""
-    command = ["git", "-C", ROOT, "diff", "--quiet", commit, "--", *files]
+def git(*words):
+    """Return the output of a git command. Raises CalledProcessError if it fails."""
+    command = ["git", "-C", ROOT, *words]
+    return subprocess.run(command, capture_output=True, check=True, text=True).stdout
+
+
+def code_of(text):
+    """Return the code of a Python file as a text without comments and docstrings."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        is_documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if is_documented and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)
+
+
+@functools.cache
+def code_at(commit, name):
+    """Return the code of a file at a commit, None if it was not there."""
     try:
-        code = subprocess.run(command, capture_output=True).returncode
-    except OSError:  # git is not installed
+        return code_of(git("show", f"{commit}:{name}"))
+    except subprocess.CalledProcessError:
         return None
-    return {0: False, 1: True}.get(code)
+
+
+def has_changed(commit, files=METHOD):
+    """Return whether the code of files differs from a commit's; None if git does not know it.
+
+    Comments and docstrings do not count.
+    """
+    try:
+        changed = git("diff", "--name-only", commit, "--", *files).splitlines()
+    except (OSError, subprocess.CalledProcessError):  # OSError: git is not installed
+        return None
+    return any(code_at(commit, name) != code_of((ROOT / name).read_text()) for name in changed)
 
 
 def commit_of(version):

@@ -85,7 +85,7 @@ def arithmetic(precision, device):
 def keep_freed_memory():
     """Make glibc keep large blocks that were freed, instead of returning them to the system.
 
-    The system would clear them again: encoding would take 1.7x as long
+    The system would clear them again: encoding would take 1.4x as long
     (benchmarks/results/choices-cpu.json).
     """
     if platform.libc_ver()[0] == "glibc":

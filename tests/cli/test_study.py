@@ -119,7 +119,7 @@ def test_figures_of_another_version_are_marked(tmp_path, monkeypatch):
         return tables.study_cell("commit", rows.ROWS[0], runs)
 
     git("init")
-    old, new = committed("old"), committed("new")
+    old, new = committed("x = 1"), committed('"""A docstring."""\nx = 2')
     (tmp_path / "docs.md").write_text("not of the method")
     git("add", ".")
     git("commit", "-m", "docs")
@@ -129,7 +129,9 @@ def test_figures_of_another_version_are_marked(tmp_path, monkeypatch):
     assert cell(f"{new}-dirty") == f"{new}-dirty†"
     assert cell("0" * 40) == f"{'0' * 40}‡"
     assert common.commit_of({"commit": new, "dirty": True}) == new[:7]
-    (tmp_path / "loss.py").write_text("edited")
+    (tmp_path / "loss.py").write_text('"""Another docstring."""\nx = 2  # and a comment')
+    assert cell(new) == new
+    (tmp_path / "loss.py").write_text('"""A docstring."""\nx = "2"')
     assert cell(new) == f"{new}†"
     assert common.commit_of({"commit": new, "dirty": True}) == f"{new[:7]}-dirty"
 
