@@ -259,8 +259,8 @@ def fold_batch_norm(network):
     """Return a copy in eval mode, with each batch norm folded into the layer before it.
 
     network: an Encoder, or a backbone with or without a head. A backbone of timm is left as it is,
-    since its batch norms may include the activation. It saves their passes over the activations;
-    `python -m benchmarks.speed --only choices` measures how much.
+    since its batch norms may include the activation. Folding saves the passes of the batch norms
+    over the activations; on a CPU that is no gain (benchmarks/results/choices-cpu.json).
     """
     network = copy.deepcopy(network).eval()
     if stages_of(getattr(network, "backbone", network)):

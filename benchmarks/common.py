@@ -10,7 +10,7 @@ from pathlib import Path
 
 from experiment import Run
 from infra.device import pick_device, pick_precision
-from infra.metrics import environment, git_commit
+from infra.metrics import environment, git_commit, git_output
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS_FOLDER = ROOT / "benchmarks" / "results"
@@ -20,6 +20,7 @@ METHOD = (
     "main.py hparams.py data.py images/cache.py images/textures.py patches.py model.py weights.py "
     "loss.py lars.py optimizers.py train.py encode.py evaluate.py infra/device.py"
 ).split()
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 EARLIER, UNKNOWN = "\u2020", "\u2021"  # marks of a version
 
 
@@ -56,47 +57,51 @@ def child(*arguments):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def git(*words):
-    """Return the output of a git command. Raises CalledProcessError if it fails."""
-    command = ["git", "-C", ROOT, *words]
-    return subprocess.run(command, capture_output=True, check=True, text=True).stdout
+def syntax_of(text):
+    """Return the syntax tree of a Python file as a text, without comments and docstrings.
 
-
-def code_of(text):
-    """Return the code of a Python file as a text without comments and docstrings."""
+    Raises SyntaxError.
+    """
     tree = ast.parse(text)
     for node in ast.walk(tree):
-        is_documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        if is_documented and ast.get_docstring(node) is not None:
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
             del node.body[0]
     return ast.dump(tree)
 
 
 @functools.cache
-def code_at(commit, name):
-    """Return the code of a file at a commit, None if it was not there."""
+def syntax_at(commit, name):
+    """Return syntax_of a file at a commit, None if it was not there."""
     try:
-        return code_of(git("show", f"{commit}:{name}"))
+        return syntax_of(git_output("show", f"{commit}:{name}"))
     except subprocess.CalledProcessError:
         return None
 
 
-def has_changed(commit, files=METHOD):
-    """Return whether the code of files differs from a commit's; None if git does not know it.
+def differs(commit, name):
+    """Return whether the code of a file differs from that at a commit."""
+    try:
+        return syntax_at(commit, name) != syntax_of((ROOT / name).read_text())
+    except (FileNotFoundError, SyntaxError):  # removed, or half edited
+        return True
 
-    Comments and docstrings do not count.
+
+def has_changed(commit, files=METHOD):
+    """Return whether the code of files has changed since a commit, comments and docstrings aside.
+
+    None if git does not know the commit.
     """
     try:
-        changed = git("diff", "--name-only", commit, "--", *files).splitlines()
+        changed = git_output("diff", "--name-only", commit, "--", *files).splitlines()
     except (OSError, subprocess.CalledProcessError):  # OSError: git is not installed
         return None
-    return any(code_at(commit, name) != code_of((ROOT / name).read_text()) for name in changed)
+    return any(differs(commit, name) for name in changed)
 
 
 def commit_of(version):
     """Return the commit of a version, a dict as git_commit returns it, with 7 digits.
 
-    "-dirty" follows if files of the method have changes that are not in the commit.
+    "-dirty" follows if the code of the method has changes that are not in the commit.
     """
     commit = version["commit"]
     if commit is None:
@@ -112,7 +117,7 @@ def this_commit():
 
 
 def is_earlier(commit, files=METHOD):
-    """Return whether a commit of the results is an earlier version of files; None if unknown."""
+    """Return whether a commit of the results has earlier code of files; None if unknown."""
     if commit is None:
         return None
     return commit.endswith("-dirty") or has_changed(commit, files)
@@ -121,7 +126,7 @@ def is_earlier(commit, files=METHOD):
 def version_text(entries, *others):
     """Return the commits of entries of the results, with the mark EARLIER or UNKNOWN.
 
-    EARLIER: a file of the method, or one of `others`, has changed since one of them.
+    EARLIER: the code of the method, or of `others`, has changed since one of them.
     """
     commits = sorted({entry["commit"] for entry in entries}, key=str)
     earlier = [is_earlier(commit, [*METHOD, *others]) for commit in commits]

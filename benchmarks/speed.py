@@ -234,7 +234,8 @@ def time_part(device, name, side):
 def time_choice(device, name):
     """Return seconds of resnet18-imagenet with a choice.
 
-    Of the first step, the median of the next ten, and of encoding.
+    Of the first step, the median of the next ten, and of encoding. It changes this process (its
+    threads, Conv3x3, fold_batch_norm): call it in a process of its own.
     """
     otherwise = CHOICES[name]
     hp = Hparams(n_patches=8)

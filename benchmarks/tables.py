@@ -19,7 +19,7 @@ from benchmarks.peers import COMPARED_METHODS, N_FIT, N_SCORED
 from benchmarks.peers_methods import METHODS, PRESET_TRY, SEARCH, label
 from benchmarks.rows import GROUPS, RUN_BUDGETS, all_options, rows_of
 from benchmarks.speed import CHOICES
-from benchmarks.transfer import DATA_SETS, PRESET_OPTIONS
+from benchmarks.transfer import DATA_SETS, FIRST_SEED, PRESET_OPTIONS, SEEDS, entry_name
 from hparams import PRESETS, SETTINGS, STAGES, yaml_value
 from infra import files
 
@@ -401,11 +401,9 @@ def transfer_table():
         "untrained": "the encoder untrained",
         "kmeans": "k-means features, learned on the same images",
     }
-    rows, there, n_seeds = [], [], []
+    rows, there = [], []
     for source, title in sources.items():
-        names = [f"{source} to {target}" for target in DATA_SETS]
-        cells = [entries_named(results, name) for name in names]
-        n_seeds += [len(entries) for entries in cells if entries]
+        cells = [entries_of(results, source, target) for target in DATA_SETS]
         measured = [entry for entries in cells for entry in entries]
         if measured:
             others = [KMEANS_FILE] if source == "kmeans" else []
@@ -416,19 +414,20 @@ def transfer_table():
         return f"Not measured yet: `python -m benchmarks.{TRANSFER_COMMAND}`."
     return (
         f"{markdown(['', 'on CIFAR-10', 'on CIFAR-100', 'commit'], rows)}\n\n"
-        f"Top-1 of a linear probe with all labels; of 20-NN. All test images, "
-        f"{seeds_text(n_seeds)}. "
+        f"Top-1 of a linear probe with all labels; of 20-NN. All test images. In brackets are the "
+        f"least and the greatest of three seeds; without brackets it is one. "
         f"{measured_by(TRANSFER_COMMAND, [entry['machine'] for entry in there])}"
     )
 
 
-def entries_named(results, name):
-    """Return the entries of a name, one for each seed."""
-    return [entry for key, entry in results.items() if key.split(",")[0] == name]
+def entries_of(results, source, target):
+    """Return the results of a source on a target, one for each seed."""
+    names = [entry_name(source, target, seed) for seed in SEEDS.get(source, (FIRST_SEED,))]
+    return [results[name] for name in names if name in results]
 
 
 def transfer_cell(entries):
-    """Return the linear probe and 20-NN, which k-means features do not have."""
+    """Return the accuracy of the linear probe and, except for k-means features, of 20-NN."""
     values = [spread(entries, name) for name in ("top1", "knn_top1")]
     return "; ".join(value for value in values if value)
 
@@ -490,8 +489,9 @@ def choices_table():
         rows.append([name, f"{step:.2f}", f"{first:.1f}", f"{encoding:.2f}"])
     columns = ["resnet18-imagenet, 8 x 100 patches", "a train step", "the first step", "encoding"]
     measured = measured_by("speed --only choices", [results["machine"]])
+    n = len(results["choices"]["as it is"]["seconds"])
     commit = version_text([results], *SPEED_FILES)
-    return f"{markdown(columns, rows)}\n\nCommit {commit}. {measured}"
+    return f"{markdown(columns, rows)}\n\nMedians of {n} processes. Commit {commit}. {measured}"
 
 
 def lab_table():

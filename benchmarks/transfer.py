@@ -29,13 +29,18 @@ from main import main as run_program
 
 DATA_SETS = ("cifar10", "cifar100")
 FIRST_SEED = 42
-SEEDS = {"cifar10": (42, 43, 44), "cifar100": (42, 43, 44), "untrained": (42,)}  # by source
+SEEDS = {  # of each source of an encoder
+    "cifar10": (FIRST_SEED, 43, 44),
+    "cifar100": (FIRST_SEED, 43, 44),
+    "untrained": (FIRST_SEED,),
+}
 PRESET_OPTIONS = "--preset laptop"
 SHARES = {0.01: 100, 0.1: 20, 1.0: 5}  # of the labels: epochs of fine-tuning
 
 
-def exp_name_of(source, seed):
-    return source if seed == FIRST_SEED else f"{source}-{seed}"
+def exp_name_of(name, seed):
+    """Return the exp_name of a run. That of the first seed has no suffix."""
+    return name if seed == FIRST_SEED else f"{name}-{seed}"
 
 
 def probe_entry(options, source, target, seed):
@@ -43,8 +48,7 @@ def probe_entry(options, source, target, seed):
 
     Exits if the training diverges.
     """
-    pair = source if source == target else f"{source}-to-{target}"
-    name = exp_name_of(pair, seed)
+    name = exp_name_of(source if source == target else f"{source}-to-{target}", seed)
     data_dir = str(getattr(options, target))
     argv = ["train", "--exp_name", name, "--log_folder", str(options.log_folder)]
     argv += ["--seed", str(seed), "--dataset", "folder", "--data_dir", data_dir]
@@ -83,6 +87,7 @@ def labels_entry(options, share):
 
 
 def entry_name(source, target, seed=FIRST_SEED):
+    """Return the name of a result. That of the first seed has no suffix."""
     return f"{source} to {target}" + ("" if seed == FIRST_SEED else f", seed {seed}")
 
 

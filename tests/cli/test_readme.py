@@ -77,7 +77,7 @@ def test_a_figure_that_is_written_by_hand_names_its_source(name):
     assert [text for text in found if not text.startswith("    linear probe  ")] == []
 
 
-def test_no_file_of_the_method_has_changed_since_the_figures_of_the_readme():
+def test_the_code_of_the_method_has_not_changed_since_the_figures_of_the_readme():
     made = "".join(tables.TABLES[name]() for name in ("headline", "minutes"))
     assert common.EARLIER not in made
 

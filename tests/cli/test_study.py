@@ -13,6 +13,7 @@ from helpers import ROOT
 import cli
 import train
 from benchmarks import common, rows, study, tables
+from infra import metrics
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
@@ -118,21 +119,35 @@ def test_figures_of_another_version_are_marked(tmp_path, monkeypatch):
         runs = [{"commit": commit, "top1": 1.0} for commit in commits]
         return tables.study_cell("commit", rows.ROWS[0], runs)
 
+    def code(docs, value):
+        function = f'    def f(self):\n        """{docs}"""\n        return {value}'
+        return f'"""{docs}"""\nclass A:\n    """{docs}"""\n{function}'
+
     git("init")
-    old, new = committed("x = 1"), committed('"""A docstring."""\nx = 2')
+    old, new = committed(code("old", 1)), committed(code("old", 2))
     (tmp_path / "docs.md").write_text("not of the method")
     git("add", ".")
     git("commit", "-m", "docs")
+    without_lars = git("rev-parse", "HEAD")
     monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "infra" / "metrics.py"))
     assert cell(new) == new
     assert cell(new, old) == f"{', '.join(sorted((new, old)))}†"
     assert cell(f"{new}-dirty") == f"{new}-dirty†"
     assert cell("0" * 40) == f"{'0' * 40}‡"
-    assert common.commit_of({"commit": new, "dirty": True}) == new[:7]
-    (tmp_path / "loss.py").write_text('"""Another docstring."""\nx = 2  # and a comment')
+    (tmp_path / "loss.py").write_text(code("new", "2  # a comment"))
     assert cell(new) == new
-    (tmp_path / "loss.py").write_text('"""A docstring."""\nx = "2"')
+    assert common.commit_of({"commit": new, "dirty": True}) == new[:7]
+    for text in (code("old", '"2"'), "half edited ("):
+        (tmp_path / "loss.py").write_text(text)
+        assert cell(new) == f"{new}†"
+    (tmp_path / "loss.py").unlink()
     assert cell(new) == f"{new}†"
+    (tmp_path / "loss.py").write_text(code("old", 2))
+    assert cell(new) == new
+    (tmp_path / "lars.py").write_text("x = 1")
+    git("add", ".")
+    assert cell(without_lars) == f"{without_lars}†"
     assert common.commit_of({"commit": new, "dirty": True}) == f"{new[:7]}-dirty"
 
 
