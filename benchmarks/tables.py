@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.common import RESULTS_FOLDER, ROOT, version_text
 from benchmarks.lab import LEFT_OUT, N_QUERIES
-from benchmarks.peers import COMPARED_METHODS, N_FIT, N_SCORED
+from benchmarks.peers import COMPARED_METHODS, N_CENTROIDS, N_FIT, N_SCORED
 from benchmarks.peers_methods import METHODS, PRESET_TRY, SEARCH, label
 from benchmarks.rows import GROUPS, RUN_BUDGETS, all_options, rows_of
 from benchmarks.speed import CHOICES
@@ -263,11 +263,11 @@ def kmeans_text():
             preset = np.interp(math.log(taken), np.log(seconds), top1)
             texts.append(
                 f"in {taken:.0f} s k-means with {n_centroids:,} centroids reaches "
-                f"{mean_of(runs, 'top1'):.1f}%, the preset {preset:.1f}%"
+                f"{mean_of(runs, 'top1'):.1f}%, the preset about {preset:.1f}%"
             )
     return (
         f"At equal time for training, encoding and probe: {'; '.join(texts)}. The preset's values "
-        f"lie on the lines between its points in the picture of the README."
+        f"are interpolated between its rows, along the logarithm of the seconds."
     )
 
 
@@ -329,7 +329,8 @@ def lead_row(methods, budgets):
         ]
         cells.append(f"{lead[0]:+.1f}; {lead[1]:+.1f} ({METHODS[best].title})")
     return [
-        "points by which the preset leads the best network of another method: top-1; 20-NN",
+        "points by which the preset leads the best other network trained without labels, before "
+        "rounding: top-1; 20-NN",
         *cells,
         "",
     ]
@@ -399,7 +400,7 @@ def transfer_table():
         "cifar10": "--preset laptop, trained on CIFAR-10",
         "cifar100": "--preset laptop, trained on CIFAR-100",
         "untrained": "the encoder untrained",
-        "kmeans": "k-means features, learned on the same images",
+        "kmeans": f"k-means features ({N_CENTROIDS} centroids), learned on the same images",
     }
     rows, there = [], []
     for source, title in sources.items():
