@@ -220,8 +220,8 @@ def headline():
         f"A linear probe of `--preset laptop` classifies **{mean_of(runs, 'top1'):.1f}%** of the "
         f"test images of CIFAR-10 correctly, 20-NN {mean_of(runs, 'knn_top1'):.1f}%: means of "
         f"{seeds_text([len(runs)])}, {least_and_greatest(runs, 'top1')} and "
-        f"{least_and_greatest(runs, 'knn_top1')}. Training, encoding and probe take "
-        f"{median_seconds(runs)} seconds ({m['processor']}, {m['cores']} cores, {m['device']}, "
+        f"{least_and_greatest(runs, 'knn_top1')}. Training, encoding and probe take a "
+        f"median of {median_seconds(runs)} seconds ({m['processor']}, {m['cores']} cores, {m['device']}, "
         f"{m['precision']}; commit {version_text(runs)})."
     )
 
