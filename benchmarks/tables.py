@@ -221,8 +221,8 @@ def headline():
         f"test images of CIFAR-10 correctly, 20-NN {mean_of(runs, 'knn_top1'):.1f}%: means of "
         f"{seeds_text([len(runs)])}, {least_and_greatest(runs, 'top1')} and "
         f"{least_and_greatest(runs, 'knn_top1')}. Training, encoding and probe take a "
-        f"median of {median_seconds(runs)} seconds ({m['processor']}, {m['cores']} cores, {m['device']}, "
-        f"{m['precision']}; commit {version_text(runs)})."
+        f"median of {median_seconds(runs)} seconds ({m['processor']}, {m['cores']} cores, "
+        f"{m['device']}, {m['precision']}; commit {version_text(runs)})."
     )
 
 
@@ -404,7 +404,7 @@ def transfer_table():
     }
     rows, there = [], []
     for source, title in sources.items():
-        cells = [entries_of(results, source, target) for target in DATA_SETS]
+        cells = [entries_of_pair(results, source, target) for target in DATA_SETS]
         measured = [entry for entries in cells for entry in entries]
         if measured:
             others = [KMEANS_FILE] if source == "kmeans" else []
@@ -421,7 +421,7 @@ def transfer_table():
     )
 
 
-def entries_of(results, source, target):
+def entries_of_pair(results, source, target):
     """Return the results of a source on a target, one for each seed."""
     names = [entry_name(source, target, seed) for seed in SEEDS.get(source, (FIRST_SEED,))]
     return [results[name] for name in names if name in results]
