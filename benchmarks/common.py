@@ -57,6 +57,7 @@ def child(*arguments):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@functools.cache  # the same files are compared with many commits
 def syntax_of(text):
     """Return the syntax tree of a Python file as a text, without comments and docstrings.
 

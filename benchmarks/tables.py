@@ -402,9 +402,10 @@ def transfer_table():
         "untrained": "the encoder untrained",
         "kmeans": f"k-means features ({N_CENTROIDS} centroids), learned on the same images",
     }
-    rows, there = [], []
+    rows, there, n_seeds = [], [], []
     for source, title in sources.items():
         cells = [entries_of_pair(results, source, target) for target in DATA_SETS]
+        n_seeds += [len(entries) for entries in cells if entries]
         measured = [entry for entries in cells for entry in entries]
         if measured:
             others = [KMEANS_FILE] if source == "kmeans" else []
@@ -415,8 +416,8 @@ def transfer_table():
         return f"Not measured yet: `python -m benchmarks.{TRANSFER_COMMAND}`."
     return (
         f"{markdown(['', 'on CIFAR-10', 'on CIFAR-100', 'commit'], rows)}\n\n"
-        f"Top-1 of a linear probe with all labels; of 20-NN. All test images. In brackets are the "
-        f"least and the greatest of three seeds; without brackets it is one. "
+        f"Top-1 of a linear probe with all labels; of 20-NN. All test images, "
+        f"{seeds_text(n_seeds)}. "
         f"{measured_by(TRANSFER_COMMAND, [entry['machine'] for entry in there])}"
     )
 
